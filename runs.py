@@ -1,0 +1,282 @@
+"""runs.py — what the command lines share: flags, output folders, checkpoints, pictures.
+
+    python asd.py --prompt "a red apple"       calls main() below
+
+A run lives in one folder: config.json (every setting), metrics.jsonl (a line per step),
+checkpoint.safetensors (θ, φ, both optimisers, the state of the generator of randomness, the step,
+the frames of the film), and at the end final.png, progress.png and phi/. Files are written beside
+their place and moved into it when they are whole, so that a run killed at any moment can be
+resumed; on the CPU the resumed run ends in the same bits. A user's mistake is one line and exit
+status 2.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from asd import (
+    METHODS,
+    OMEGAS,
+    Latents,
+    Method,
+    Pixels,
+    Prior,
+    State,
+    UserError,
+    distill,
+    make_phi,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"{self.prog}: {message} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: a finite number of `kind` in [low, high]."""
+    def convert(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def make_parser():
+    """Flags named by the paper's symbols; what is not given comes from the method's row."""
+    p = Parser(prog="asd.py", description="Optimise pictures until they look, to a frozen "
+               "text-to-image diffusion model, like the prompt (Adversarial Score Distillation).")
+    add, some = p.add_argument, number(float)
+    add("--prompt", action="append", metavar="TEXT", help="what to make; repeat for several")
+    add("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default asd)")
+    add("--phi", choices=["noise", "lora", "embedding"], help="what predicts ε_φ")
+    add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
+    add("--lam", type=some, help="λ, guidance (default 7.5)")
+    add("--gamma", type=some, help="γ of Eq. 10 (asd: -1; vsd: 0)")
+    add("--steps", type=number(int, 1), help="updates of θ")
+    add("--lr", type=number(float, 0), help="Adam's learning rate for θ")
+    add("--phi-lr", type=number(float, 0), help="AdamW's learning rate for φ")
+    add("--omega", choices=list(OMEGAS), help="ω(t) (default sigma2)")
+    add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
+    add("--t-max", type=number(float, 0, 1), help="largest t for θ (default 0.98)")
+    add("--lam-phi", type=some, help="guidance inside φ (default 1: none)")
+    add("--phi-steps", type=number(int, 1), help="updates of φ per update of θ (default 1)")
+    add("--phi-first", action="store_const", const=True, help="update φ before θ")
+    add("--share-noise", action="store_const", const=True, help="θ's t and ε for φ (Algorithm 1)")
+    add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
+    add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
+    add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
+    add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")
+    add("--checkpointing", action="store_const", const=True, help="less memory for φ, more time")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of all randomness (default 0)")
+    add("--init", metavar="PNG", help="start from this picture, not from noise")
+    add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
+    add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the prior (cpu: float32)")
+    add("--save-every", type=number(int, 1), help="steps between checkpoints (default 50)")
+    add("--out", metavar="DIR", help="default outputs/<method>-<prompt>-<seed>")
+    add("--resume", metavar="DIR", help="go on with the run in this folder")
+    return p
+
+
+DEFAULTS = {"method": "asd", "model": "tiny-sd", "rank": 4, "tokens": 4, "particles": 1, "seed": 0,
+            "save_every": 50, "pixels": False, "checkpointing": False, "micro_batch": None,
+            "init": None, "device": None, "dtype": None}
+MAY_CHANGE = {"steps", "device", "save_every", "micro_batch"}     # of a run that is resumed
+
+
+def read_settings(given):
+    """Command line -> (settings, folder, resumed): rows, defaults and a resumed run filled in."""
+    given = {key: value for key, value in given.items() if value is not None}
+    resume, out = given.pop("resume", None), given.pop("out", None)
+    if resume is not None:
+        folder = Path(resume)
+        try:
+            settings = json.loads((folder / "config.json").read_text())["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no run to resume: config.json cannot be read "
+                            f"({type(error).__name__})") from error
+        changed = [k for k, v in given.items() if k not in MAY_CHANGE and settings.get(k) != v]
+        if out is not None or changed:
+            flags = ["--" + key.replace("_", "-") for key in changed] or ["--out"]
+            raise UserError(f"a resumed run keeps its settings: drop {', '.join(flags)}")
+        return settings | given, folder, True
+    method = METHODS.get(given.get("method", "asd"))
+    if method is None:
+        raise UserError(f"unknown method {given['method']!r}: choose one of {', '.join(METHODS)}")
+    settings = asdict(method) | DEFAULTS | given
+    prompts = settings.get("prompt") or []
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
+    if settings["t_min"] > settings["t_max"]:
+        raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']}")
+    if settings["phi"] == "noise" and settings["method"] != "sds":
+        raise UserError(f"--phi noise is --method sds; {settings['method']} needs one to train")
+    name = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:40]
+    folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
+    if out is None:                    # an earlier run of the same name is kept
+        tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
+        folder = next(f for f in (folder, *tries) if not (f / "config.json").exists())
+    elif (folder / "config.json").exists():
+        raise UserError(f"{folder} already holds a run: --resume it, or choose another --out")
+    return settings, folder, False
+
+
+def read_image(path, size):
+    """A picture file -> RGB [1, 3, H, W] in [0, 1] of `size` = (H, W): on white, cropped to fit."""
+    import numpy as np
+    from PIL import Image, ImageOps
+    try:
+        picture = Image.open(path).convert("RGBA")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__})") from error
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture).convert("RGB")
+    picture = ImageOps.fit(picture, size[::-1], Image.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+
+
+def write_grid(path, images, columns, least=256):
+    """images [N, 3, H, W] uint8 -> a PNG, `columns` to a row, each enlarged to `least` pixels."""
+    from PIL import Image
+    n, _, height, width = images.shape
+    rows = math.ceil(n / columns)
+    blank = torch.full((rows * columns - n, 3, height, width), 255, dtype=torch.uint8)
+    grid = torch.cat([images, blank]).view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+    picture = Image.fromarray(grid.reshape(rows * height, columns * width, 3).numpy())
+    scale = max(1, round(least / height))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
+    temporary = path.with_suffix(".tmp.png")
+    picture.save(temporary)
+    os.replace(temporary, path)
+
+
+def picture_measures(images):
+    """RGB [B, 3, H, W] -> mean HSV saturation and mean |Laplacian| (sharpness), both in [0, …]."""
+    high, low = images.amax(1), images.amin(1)
+    grey = images.mean(1)
+    laplacian = (4 * grey[:, 1:-1, 1:-1] - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1]
+                 - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:])
+    return {"saturation": ((high - low) / high.clamp(min=1e-6)).mean().item(),
+            "sharpness": laplacian.abs().mean().item()}
+
+
+def save_checkpoint(path, state, frames):
+    """Everything that goes on, in one safetensors file, moved into place when it is whole."""
+    from safetensors.torch import save_file
+    tensors = state.tensors() | {f"frame.{step}": frame for step, frame in frames.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, {"format": "asd checkpoint 1", "step": str(state.step)})
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path, state):
+    """Restore `state`; -> {step: frame}. Raises UserError for a corrupt or foreign file."""
+    from safetensors import safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            named = {name: file.get_tensor(name) for name in file.keys()}
+        if about.get("format") != "asd checkpoint 1":
+            raise ValueError("not a checkpoint of this program")
+        state.load_tensors(named, int(about["step"]))
+    except Exception as error:
+        raise UserError(f"{path} cannot be resumed: {type(error).__name__}: {error}") from error
+    return {int(name.split(".")[1]): value for name, value in named.items() if "frame." in name}
+
+
+def run(settings, folder, resumed):
+    """One run of the command line, from its settings to its pictures."""
+    from tqdm import tqdm
+    device, dtype = settings["device"], settings["dtype"]
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch finds no CUDA device here")
+    prior = Prior.from_pretrained(settings["model"], device, dtype and getattr(torch, dtype))
+    unknown = sorted({w for p in settings["prompt"] for w in prior.unknown_words(p)})
+    if unknown:
+        print(f"asd.py: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
+    method = Method(**{key: settings[key] for key in Method.__dataclass_fields__})
+    rng = torch.Generator().manual_seed(settings["seed"])
+    checkpoint, metrics = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
+    init = settings["init"] if not checkpoint.exists() else None
+    init = read_image(init, prior.image_size) if init else None
+    count = len(settings["prompt"]) * settings["particles"]
+    generator = (Pixels if settings["pixels"] else Latents)(prior, count, rng, init)
+    cond = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
+    phi = make_phi(method.phi, prior, settings["prompt"][0], settings["rank"], settings["tokens"],
+                   settings["checkpointing"], settings["seed"])
+    state, frames = State(generator, phi, method, rng), {}
+    if checkpoint.exists():            # else: a run that was stopped before its first checkpoint
+        frames = load_checkpoint(checkpoint, state)
+    keep = metrics.read_text().splitlines()[:state.step] if metrics.exists() else []
+    write_text(metrics, "".join(line + "\n" for line in keep))
+    write_text(folder / "config.json", json.dumps(
+        {"settings": settings, "torch": torch.__version__, "python": platform.python_version(),
+         "device": str(prior.device), "dtype": str(prior.dtype)}, indent=1, ensure_ascii=False))
+    film = {round(i * method.steps / 9) for i in range(10)}
+
+    def record(state, terms):
+        """One line of metrics, a frame of the film, a checkpoint, where it is their turn."""
+        row = {"step": state.step} | terms
+        if state.step in film or state.step % 10 == 0:
+            images = generator.images()
+            row |= picture_measures(images)
+            if state.step in film:
+                frames[state.step] = (images[:4] * 255).round().byte().cpu()
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+        if state.step % settings["save_every"] == 0 or state.step == method.steps:
+            save_checkpoint(checkpoint, state, frames)
+        bar.update()
+        bar.set_postfix(loss_G=f"{terms['loss_G']:.2f}", loss_D=f"{terms['loss_D']:.1f}",
+                        ms=f"{1000 * terms['seconds']:.0f}")
+
+    frames.setdefault(0, (generator.images()[:4] * 255).round().byte().cpu())
+    with tqdm(total=method.steps, initial=state.step, desc=settings["method"]) as bar, \
+            metrics.open("a") as log:
+        distill(prior, generator, cond, method, state=state, micro_batch=settings["micro_batch"],
+                callback=record)
+    final = (generator.images() * 255).round().byte().cpu()
+    write_grid(folder / "final.png", final, math.ceil(math.sqrt(count)))
+    film = torch.stack([frames[step] for step in sorted(frames)], 1).flatten(0, 1)
+    write_grid(folder / "progress.png", film, len(frames), 128)
+    phi.save(folder / "phi")
+    if prior.device.type == "cuda":
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+    print(folder / "final.png")
+
+
+def write_text(path, text):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main(argv=None):
+    folder = None
+    try:
+        settings, folder, resumed = read_settings(vars(make_parser().parse_args(argv)))
+        folder.mkdir(parents=True, exist_ok=True)
+        run(settings, folder, resumed)
+    except (UserError, FloatingPointError, OSError) as mistake:
+        print(f"asd.py: {str(mistake) or type(mistake).__name__}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nasd.py: stopped; go on with --resume {folder}", file=sys.stderr)
+        return 130
+    return 0
