@@ -46,7 +46,8 @@ def number(kind, low=-math.inf, high=math.inf):
     def convert(text):
         value = kind(text)
         if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+            bounds = f" in [{low:g}, {high:g}]" if low > -math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number{bounds}")
         return value
     convert.__name__ = kind.__name__
     return convert
@@ -200,30 +201,44 @@ def load_checkpoint(path, state):
     return {int(name.split(".")[1]): value for name, value in named.items() if "frame." in name}
 
 
-def run(settings, folder, resumed):
-    """One run of the command line, from its settings to its pictures."""
-    from tqdm import tqdm
+def set_up(settings, checkpoint=None):
+    """settings -> (prior, cond, method, state, frames), from a checkpoint where one is given."""
     device, dtype = settings["device"], settings["dtype"]
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch finds no CUDA device here")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].split(" device type")[0][:90]
+        raise UserError(f"--device {device} cannot be used here: {reason}") from error
     prior = Prior.from_pretrained(settings["model"], device, dtype and getattr(torch, dtype))
     unknown = sorted({w for p in settings["prompt"] for w in prior.unknown_words(p)})
     if unknown:
         print(f"asd.py: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
     method = Method(**{key: settings[key] for key in Method.__dataclass_fields__})
     rng = torch.Generator().manual_seed(settings["seed"])
-    checkpoint, metrics = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
-    init = settings["init"] if not checkpoint.exists() else None
-    init = read_image(init, prior.image_size) if init else None
+    init = None if checkpoint else settings["init"]
+    init = init and read_image(init, prior.image_size)
     count = len(settings["prompt"]) * settings["particles"]
     generator = (Pixels if settings["pixels"] else Latents)(prior, count, rng, init)
     cond = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
-    phi = make_phi(method.phi, prior, settings["prompt"][0], settings["rank"], settings["tokens"],
-                   settings["checkpointing"], settings["seed"])
-    state, frames = State(generator, phi, method, rng), {}
-    if checkpoint.exists():            # else: a run that was stopped before its first checkpoint
-        frames = load_checkpoint(checkpoint, state)
-    keep = metrics.read_text().splitlines()[:state.step] if metrics.exists() else []
+    try:
+        phi = make_phi(method.phi, prior, settings["prompt"][0], settings["rank"],
+                       settings["tokens"], settings["checkpointing"], settings["seed"])
+    except ValueError as error:
+        raise UserError(error) from error
+    state = State(generator, phi, method, rng)
+    frames = load_checkpoint(checkpoint, state) if checkpoint else {}
+    return prior, cond, method, state, frames
+
+
+def run(settings, folder, resumed):
+    """One run of the command line, from its settings to its pictures."""
+    from tqdm import tqdm
+    checkpoint, metrics = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
+    # a run that was stopped before its first checkpoint starts anew
+    going_on = checkpoint if resumed and checkpoint.exists() else None
+    prior, cond, method, state, frames = set_up(settings, going_on)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = metrics.read_text().splitlines()[:state.step] if going_on and metrics.exists() else []
     write_text(metrics, "".join(line + "\n" for line in keep))
     write_text(folder / "config.json", json.dumps(
         {"settings": settings, "torch": torch.__version__, "python": platform.python_version(),
@@ -234,7 +249,7 @@ def run(settings, folder, resumed):
         """One line of metrics, a frame of the film, a checkpoint, where it is their turn."""
         row = {"step": state.step} | terms
         if state.step in film or state.step % 10 == 0:
-            images = generator.images()
+            images = state.generator.images()
             row |= picture_measures(images)
             if state.step in film:
                 frames[state.step] = (images[:4] * 255).round().byte().cpu()
@@ -246,16 +261,16 @@ def run(settings, folder, resumed):
         bar.set_postfix(loss_G=f"{terms['loss_G']:.2f}", loss_D=f"{terms['loss_D']:.1f}",
                         ms=f"{1000 * terms['seconds']:.0f}")
 
-    frames.setdefault(0, (generator.images()[:4] * 255).round().byte().cpu())
+    frames.setdefault(0, (state.generator.images()[:4] * 255).round().byte().cpu())
     with tqdm(total=method.steps, initial=state.step, desc=settings["method"]) as bar, \
             metrics.open("a") as log:
-        distill(prior, generator, cond, method, state=state, micro_batch=settings["micro_batch"],
-                callback=record)
-    final = (generator.images() * 255).round().byte().cpu()
-    write_grid(folder / "final.png", final, math.ceil(math.sqrt(count)))
+        distill(prior, state.generator, cond, method, state=state, callback=record,
+                micro_batch=settings["micro_batch"])
+    final = (state.generator.images() * 255).round().byte().cpu()
+    write_grid(folder / "final.png", final, math.ceil(math.sqrt(len(final))))
     film = torch.stack([frames[step] for step in sorted(frames)], 1).flatten(0, 1)
     write_grid(folder / "progress.png", film, len(frames), 128)
-    phi.save(folder / "phi")
+    state.phi.save(folder / "phi")
     if prior.device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
     print(folder / "final.png")
@@ -271,10 +286,13 @@ def main(argv=None):
     folder = None
     try:
         settings, folder, resumed = read_settings(vars(make_parser().parse_args(argv)))
-        folder.mkdir(parents=True, exist_ok=True)
         run(settings, folder, resumed)
     except (UserError, FloatingPointError, OSError) as mistake:
         print(f"asd.py: {str(mistake) or type(mistake).__name__}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("asd.py: out of GPU memory: try --micro-batch 1, --checkpointing or --share-noise",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nasd.py: stopped; go on with --resume {folder}", file=sys.stderr)

@@ -49,15 +49,38 @@ PACKAGES = {
 }
 NAMES = ("emojibase-data", "17.0.0", "MIT")
 STYLES = list(PACKAGES)
-# emojibase groups: smileys, animals and nature, food and drink, travel, activities, objects
+# What is drawn by default: these subgroups of emojibase, and these single concepts. `data --all`
+# takes every concept of GROUPS instead, three times as many, which needs a GPU's worth of training.
+SUBGROUPS = """animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug
+ plant-flower plant-other food-fruit food-vegetable food-prepared food-sweet drink""".split()
+CONCEPTS = """grinning-face winking-face crying-face angry-face skull pile-of-poo ghost alien robot
+ red-heart orange-heart yellow-heart green-heart blue-heart purple-heart pink-heart broken-heart
+ rocket car bus bicycle sailboat train tractor helicopter fire-engine police-car taxi ambulance
+ flying-saucer anchor house castle tent volcano rainbow fire star crescent-moon snowman umbrella
+ balloon wrapped-gift jack-o-lantern christmas-tree soccer-ball basketball tennis-ball trophy
+ teddy-bear game-die puzzle-piece crystal-ball kite guitar trumpet violin drum saxophone accordion
+ crown top-hat t-shirt dress jeans necktie glasses handbag backpack high-heeled-shoe running-shoe
+ ring gem-stone red-book pencil key hammer axe light-bulb candle camera television laptop
+ mobile-phone magnifying-glass microscope telescope chair door bed bathtub toilet bomb magnet bell
+ alarm-clock hourglass watch scissors envelope money-bag coin""".split()
+LESS_KNOWN = """water-buffalo two-hump-camel mammoth sauropod microbe wing cockroach mosquito fly worm
+ cricket beetle bug oyster rosette wilted-flower sheaf-of-rice herb shamrock ewe
+ ginger-root pea-pod leaf-fluttering-in-wind empty-nest black-bird front-facing-baby-chick
+ flatbread stuffed-flatbread
+ tamale falafel bowl-with-spoon shallow-pan-of-food pot-of-food fondue canned-food butter salt sake
+ custard shaved-ice teacup-without-handle beverage-box cup-with-straw bottle-with-popping-cork
+ clinking-beer-mugs ice paw-prints pig-nose spiral-shell coral dodo badger""".split()
+# With --all, emojibase's groups: smileys, animals and nature, food, travel, activities, objects …
 GROUPS = {0, 3, 4, 5, 6, 7}
-# subgroups left out: near-duplicates of one face, clock faces and signs, pages that differ by a line
+# … but for these subgroups: duplicates of one face, clock faces, pages that differ by a line
 LEFT_OUT = """face-smiling face-affection face-tongue face-hand face-neutral-skeptical face-sleepy
- face-unwell face-concerned face-negative cat-face emotion place-map time sound mail office""".split()
-KEEP_ANYWAY = """grinning-face winking-face smiling-face-with-halo crying-face angry-face skull watch
- alarm-clock hourglass-done bell megaphone love-letter package envelope scissors pushpin briefcase
+ face-unwell face-concerned face-negative cat-face emotion place-map time sound mail office
+ """.split()
+KEEP_ANYWAY = """grinning-face winking-face smiling-face-with-halo crying-face angry-face skull
+ watch alarm-clock
+ hourglass-done bell megaphone love-letter package envelope scissors pushpin briefcase
  paperclip compass""".split()
-# single concepts left out: they look like another one here, or like nothing a caption can name
+# Always left out: they look like another concept here, or like nothing a caption can name.
 DROP = """heart-decoration heart-exclamation growing-heart revolving-hearts beating-heart grey-heart
  white-heart light-blue-heart guide-dog service-dog kaaba mate wedding love-hotel post-office foggy
  japanese-post-office derelict-house building-construction national-park night-with-stars metro
@@ -71,7 +94,8 @@ DROP = """heart-decoration heart-exclamation growing-heart revolving-hearts beat
  fax-machine pager low-battery camera-with-flash magnifying-glass-tilted-left green-book blue-book
  orange-book ledger page-with-curl bookmark-tabs yen-banknote euro-banknote pound-banknote
  chart-increasing-with-yen locked-with-pen locked-with-key unlocked nazar-amulet hamsa placard
- identification-card snowman-without-snow umbrella-on-ground hindu-temple pouring-liquid mechanical-leg""".split()
+ identification-card snowman-without-snow umbrella-on-ground hindu-temple pouring-liquid
+ """.split()
 RENAME = {"hourglass done": "hourglass", "automobile": "car", "hot beverage": "cup of coffee",
           "steaming bowl": "bowl of noodles", "cooking": "fried egg", "poultry leg": "chicken leg",
           "cut of meat": "steak", "high voltage": "lightning bolt", "tennis": "tennis ball",
@@ -83,8 +107,9 @@ RENAME = {"hourglass done": "hourglass", "automobile": "car", "hot beverage": "c
           "sport utility vehicle": "blue van", "tumbler glass": "glass of whiskey",
           "badminton": "shuttlecock", "baseball": "baseball ball"}
 # words that take no article although they do not end in s, and words in s that do take one
-MASS = set("""bread bacon broccoli garlic salt butter spaghetti popcorn sushi coral ice fire soap yarn
- wood money milk dna food ginger corn chocolate badminton bowling baseball curling lacrosse softball
+MASS = set("""bread bacon broccoli garlic salt butter spaghetti popcorn sushi coral ice fire soap
+ yarn wood money milk dna food ginger corn chocolate
+ badminton bowling baseball curling lacrosse softball
  basketball volleyball camping cricket fog foggy ping-pong tennis sunrise sunset""".split())
 SINGULAR_S = set("""octopus cactus compass bus trolleybus minibus glass dress abacus walrus lotus
  hibiscus mattress hippopotamus rhinoceros rex cyclops moss cross""".split())
@@ -120,7 +145,7 @@ def npm_pack(folder, package, version):
 
 
 def fit_white(picture, size=64, fill=0.92):
-    """PIL RGBA -> [3, size, size] uint8 on white: cropped to what is there, centred, `fill` wide."""
+    """PIL RGBA -> [3, size, size] uint8 on white: cropped to its contents, centred, `fill` wide."""
     import numpy as np
     from PIL import Image
     picture = picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
@@ -134,38 +159,41 @@ def fit_white(picture, size=64, fill=0.92):
     return torch.from_numpy(rgb.copy()).permute(2, 0, 1)
 
 
-def emoji_concepts(names_folder):
+def emoji_concepts(names_folder, every):
     """[(hexcode, name)] of the concepts we keep; duplicates by skin tone and gender never occur."""
     subgroups = json.loads((names_folder / "meta/groups.json").read_text())["subgroups"]
     kept = []
     for entry in json.loads((names_folder / "en/data.json").read_text()):
-        name = entry["label"].lower().replace("’", "'").replace("piñata", "pinata")
-        left_out = subgroups.get(str(entry.get("subgroup"))) in LEFT_OUT
-        if entry.get("group") not in GROUPS or ":" in name or "o'clock" in name:
-            continue
-        hyphened = name.replace(" ", "-")
-        if hyphened not in DROP and (not left_out or hyphened in KEEP_ANYWAY):
-            kept.append((entry["hexcode"].lower(), RENAME.get(name, name)))
+        label = entry["label"].lower().replace("’", "'").replace("piñata", "pinata")
+        subgroup, hyphened = subgroups.get(str(entry.get("subgroup"))), label.replace(" ", "-")
+        name = RENAME.get(label, label)
+        few = subgroup in SUBGROUPS and hyphened not in LESS_KNOWN
+        few = few or name.replace(" ", "-") in CONCEPTS
+        many = entry.get("group") in GROUPS
+        many = many and (subgroup not in LEFT_OUT or hyphened in KEEP_ANYWAY)
+        odd = ":" in label or "o'clock" in label or hyphened in DROP
+        if (many if every else few) and not odd:
+            kept.append((entry["hexcode"].lower(), name))
     return kept
 
 
-def emoji_pictures(folder):
+def emoji_pictures(folder, every=False):
     """Yield (name, style, [3, 64, 64] uint8) for every concept drawn in all three styles."""
     import resvg_py
     from PIL import Image
-    render3d, flat, noto = (npm_pack(folder, name, version) for name, version, _ in PACKAGES.values())
+    render3d, flat, noto = (npm_pack(folder, *package[:2]) for package in PACKAGES.values())
     svgs = []
     for package in (flat, noto):
-        icons = json.loads((package / "icons.json").read_text())
-        svgs.append((json.loads((package / "chars.json").read_text()), icons["icons"], icons["width"]))
-    for code, name in tqdm(emoji_concepts(npm_pack(folder, *NAMES[:2])), desc="emoji"):
+        chars, icons = (json.loads((package / f"{f}.json").read_text()) for f in ("chars", "icons"))
+        svgs.append((chars, icons["icons"], icons["width"]))
+    for code, name in tqdm(emoji_concepts(npm_pack(folder, *NAMES[:2]), every), desc="emoji"):
         codes = [code, code.replace("-fe0f", ""), code + "-fe0f"]
         webp = [p for c in codes if (p := render3d / "assets" / f"{c}.webp").exists()]
         drawn = [next((chars[c] for c in codes if c in chars), None) for chars, _, _ in svgs]
         if not webp or None in drawn:
             continue
         yield name, STYLES[0], fit_white(Image.open(webp[0]).convert("RGBA"))
-        for style, icon, (_, icons, width) in zip(STYLES[1:], drawn, svgs):
+        for style, icon, (_, icons, width) in zip(STYLES[1:], drawn, svgs, strict=True):
             body = icons[icon]["body"] if icon in icons else None
             if body is None:
                 continue
@@ -186,12 +214,12 @@ def solid_pictures(per_pair=8, seed=0):
                 azimuth = (360 * i / per_pair + draw.uniform(0, 360 / per_pair) + 180) % 360 - 180
                 elevation = draw.uniform(62, 80) if i == per_pair - 1 else draw.uniform(5, 35)
                 rows.append((color, elevation, azimuth))
-        colors, *angles = zip(*rows)
+        colors, *angles = zip(*rows, strict=True)
         distance = [draw.uniform(2.75, 3.1) for _ in rows]
         c2w = solids.camera_to_world(*map(torch.tensor, (*angles, distance)))
         rgb = solids.render([kind] * len(rows), list(colors), c2w).rgb
-        for (color, elevation, azimuth), picture in zip(rows, rgb):
-            captions = [solids.caption(kind, color, elevation, azimuth), solids.caption(kind, color)]
+        for (color, elevation, azimuth), picture in zip(rows, rgb, strict=True):
+            captions = [solids.caption(kind, color, *view) for view in ((elevation, azimuth), ())]
             yield f"{color} {kind}", captions, (picture * 255).round().byte()
 
 
@@ -200,7 +228,7 @@ def make_data(args):
     DATA.mkdir(exist_ok=True)
     (DATA / "npm").mkdir(exist_ok=True)
     pictures, rows = [], []
-    for name, style, picture in emoji_pictures(DATA / "npm"):
+    for name, style, picture in emoji_pictures(DATA / "npm", args.all):
         noun = articled(name)
         rows.append({"concept": name, "style": style, "captions": [f"{style} {noun}", noun]})
         pictures.append(picture)
@@ -265,6 +293,7 @@ def make_tokenizer(captions, folder):
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)},
                                                   ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2"] + [" ".join(m) for m in merges]))
+    (folder / "tokenizer.json").unlink(missing_ok=True)      # it would be read before the two
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -401,26 +430,53 @@ class Trainer:
 
 
 def train_vae(args):
-    """L1 + L1 of finite differences (edges) + a whisper of KL; then centre and scale the latents."""
+    """L1 + L1 of finite differences (edges) + a whisper of KL; then the decoder alone."""
     pictures, rows = load_data()
     pictures = pictures[[i for i, row in enumerate(rows) if not row["held_out"]]].to(args.device)
     vae = make_vae()
-    trainer = Trainer("vae", vae, args.minutes_vae, 2e-3, args)
-    compiled = torch.compile(vae) if args.compile else vae
+    trainer = Trainer("vae", vae, args.minutes_vae, 2e-3, args, ema_decay=0.99)
 
     def loss_function():
-        x = pictures[torch.randint(len(pictures), (8,))].float() / 255
-        x[4:] = jitter(x[4:])              # interpolation blurs: half of the pictures stay sharp
+        x = sharp_and_jittered(pictures)
         posterior = vae.encode(2 * x - 1).latent_dist
-        recon = compiled.decode(posterior.sample()).sample.float() / 2 + 0.5
-        l1 = (recon - x).abs().mean()
-        edges = sum((recon.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-        loss = l1 + 0.5 * edges + 1e-5 * posterior.kl().mean() / 64
-        return loss, {"l1": l1.detach(), "edges": edges.detach()}
+        loss, terms = picture_loss(vae.decode(posterior.sample()).sample, x)
+        return loss + 1e-5 * posterior.kl().mean() / 64, terms
+
+    trainer.run(loss_function, args.device)
+    return train_decoder(args, vae, pictures)
+
+
+def train_decoder(args, vae, pictures):
+    """The decoder alone, with PSNR itself in the loss, then the latents' normalisation."""
+    vae.requires_grad_(False)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    trainer = Trainer("decoder", decoder, args.minutes_decoder, 1e-3, args, ema_decay=0.99)
+
+    def loss_function():
+        x = sharp_and_jittered(pictures)
+        recon = vae.decode(vae.encode(2 * x - 1).latent_dist.mean).sample
+        loss, terms = picture_loss(recon, x)
+        psnr = -10 * (recon.float() / 2 + 0.5 - x).square().mean((1, 2, 3)).log10().mean()
+        return loss - 0.005 * psnr, terms | {"psnr": psnr.detach()}
 
     trainer.run(loss_function, args.device)
     normalize_latents(vae, pictures)
     return vae
+
+
+def sharp_and_jittered(pictures, batch=8):
+    """A random batch in [0, 1]; jitter() interpolates, which blurs: half of it stays as it is."""
+    x = pictures[torch.randint(len(pictures), (batch,))].float() / 255
+    x[batch // 2:] = jitter(x[batch // 2:])
+    return x
+
+
+def picture_loss(recon, x):
+    """L1 and L1 of finite differences (edges), of a VAE output in [-1, 1] and x in [0, 1]."""
+    recon = recon.float() / 2 + 0.5
+    l1 = (recon - x).abs().mean()
+    edges = sum((recon.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+    return l1 + 0.5 * edges, {"l1": l1.detach(), "edges": edges.detach()}
 
 
 @torch.no_grad()
@@ -444,7 +500,7 @@ def normalize_latents(vae, pictures):
 
 @torch.no_grad()
 def cached_latents(vae, pictures, device, variants=4):
-    """[variants, N, 4, 16, 16]: each picture as it is, then flipped, shifted and scaled a little."""
+    """[variants, N, 4, 16, 16]: as they are, then flipped, shifted, scaled a little."""
     vae, versions = vae.to(device).eval(), []
     for variant in range(variants):
         latents = []
@@ -468,8 +524,7 @@ def train_unet(args, vae):
     ids = torch.stack([tokenize(tokenizer, [row["captions"][k] for row in rows]) for k in (0, 1)])
     ids, null = ids.to(args.device), tokenize(tokenizer, [""]).to(args.device)
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
-    weight = torch.tensor([0.35 if row["style"] == "solid" else 1.0 for row in rows])
-    compiled = torch.compile(both["unet"]) if args.compile else both["unet"]
+    weight = torch.tensor([0.2 if row["style"] == "solid" else 1.0 for row in rows])
 
     def loss_function():
         row = torch.multinomial(weight, args.batch, replacement=True).to(args.device)
@@ -480,7 +535,7 @@ def train_unet(args, vae):
         eps = torch.randn_like(x0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         x_t = scheduler.add_noise(x0, eps, t)
-        predicted = compiled(x_t, t, text_encoder(tokens).last_hidden_state).sample.float()
+        predicted = unet(x_t, t, text_encoder(tokens).last_hidden_state).sample.float()
         error = (predicted - eps).square().mean((1, 2, 3))
         loss = (error * snr.clamp(max=5) / snr).mean()
         return loss, {"loss": loss.detach(), "mse": error.mean().detach()}
@@ -500,7 +555,7 @@ def train_clip(args):
     number = {text: i for i, text in enumerate(texts)}
     true_of = torch.tensor([[number[c] for c in row["captions"]] for row in rows])
     ids = tokenize(tokenizer, texts).to(args.device)
-    weight = torch.tensor([0.35 if row["style"] == "solid" else 1.0 for row in rows])
+    weight = torch.tensor([0.2 if row["style"] == "solid" else 1.0 for row in rows])
 
     def loss_function():
         row = torch.multinomial(weight, 192)
@@ -540,7 +595,7 @@ def soil(images):
 
 
 def export(args, vae, tokenizer, text_encoder, unet):
-    """Write tiny-sd/ in half precision, in shards of at most 15 MB, beside what was there before."""
+    """Write tiny-sd/ in half precision, in shards of at most 15 MB; its README.md stays."""
     from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
@@ -548,6 +603,9 @@ def export(args, vae, tokenizer, text_encoder, unet):
         requires_safety_checker=False)
     write_folder(Path(args.out), lambda folder: copy.deepcopy(pipe).to("cpu", torch.float16)
                  .save_pretrained(folder, max_shard_size="14MB"))
+    # transformers loads in the dtype its config names, diffusers in float32 where none is asked for
+    config = Path(args.out) / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
 
 
 def write_folder(folder, write):
@@ -616,8 +674,8 @@ def evaluate(args):
     captions = [rows[i]["captions"][0] for i in chosen]
     sampled = sample_images(pipe, captions, args.seed)
     for name, images in (("sampled", sampled), ("real", pictures[chosen].float() / 255)):
-        numbers |= {f"{name}_{k}": v for k, v in
-                    concept_accuracy(clip, tokenizer, images, [rows[i] for i in chosen], rows).items()}
+        found = concept_accuracy(clip, tokenizer, images, [rows[i] for i in chosen], rows)
+        numbers |= {f"{name}_{key}": value for key, value in found.items()}
     numbers["unet_ms"] = unet_milliseconds(pipe.unet)
     print(json.dumps(numbers, indent=1))
 
@@ -666,8 +724,8 @@ def unet_milliseconds(unet, rounds=20):
 
 def sheet_captions():
     """60 captions: 12 concepts in three styles, then 6 solids from four sides."""
-    nouns = ["fox", "red apple", "hamburger", "rocket", "mushroom", "cat", "dog", "sailboat", "guitar",
-             "sunflower", "penguin", "pineapple"]
+    nouns = ["fox", "red apple", "hamburger", "rocket", "mushroom", "cat", "dog", "sailboat",
+             "guitar", "sunflower", "penguin", "pineapple"]
     captions = [f"{style} {articled(noun)}" for style in STYLES for noun in nouns]
     solids = ["red mug", "blue car", "yellow duck", "green house", "purple teapot", "pink chair"]
     return captions + [f"{articled(solid)}, {view} view" for view in
@@ -692,14 +750,13 @@ def sample(args):
 
 # ----------------------------------------------------------------------------------- command line
 def train(args):
-    """VAE, then UNet + text encoder, then the judge: 12, 80 and 8 percent of --minutes."""
-    share = {"vae": 0.12, "unet": 0.80, "clip": 0.08}
+    """The VAE, its decoder alone, UNet + text encoder, the judge: each its share of --minutes."""
+    share = {"vae": 0.12, "decoder": 0.06, "unet": 0.74, "clip": 0.08}
     for name, part in share.items():
-        setattr(args, f"minutes_{name}", args.minutes if args.only else part * args.minutes)
+        minutes = part * args.minutes if args.only is None else args.minutes * (args.only == name)
+        setattr(args, f"minutes_{name}", minutes)     # 0: what its last checkpoint holds
     torch.manual_seed(args.seed)
     if args.only != "clip":
-        if args.only == "unet":      # the VAE's own time is up: its checkpoint is taken as it is
-            args.minutes_vae = 0
         vae = train_vae(args)
         if args.only != "vae":
             export(args, vae, *train_unet(args, vae))
@@ -713,12 +770,12 @@ def train(args):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("data", help="download and draw the pictures")
+    p = commands.add_parser("data", help="download and draw the pictures")
+    p.add_argument("--all", action="store_true", help="every concept, not the usual third of them")
     p = commands.add_parser("train", help="train everything, or --only one part")
     p.add_argument("--minutes", type=float, default=120, help="in all; with --only, of that part")
-    p.add_argument("--only", choices=["vae", "unet", "clip"])
+    p.add_argument("--only", choices=["vae", "decoder", "unet", "clip"])
     p.add_argument("--batch", type=int, default=64, help="pictures per step of the UNet")
-    p.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
     p = commands.add_parser("evaluate", help="print the numbers of the model cards")
     p = commands.add_parser("sample", help="text-to-image; without prompts the contact sheet")
     p.add_argument("prompt", nargs="*")
@@ -737,7 +794,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     try:
-        {"data": make_data, "train": train, "evaluate": evaluate, "sample": sample}[args.command](args)
+        commands = {"data": make_data, "train": train, "evaluate": evaluate, "sample": sample}
+        commands[args.command](args)
     except UserError as mistake:
         print(f"tiny_sd.py: {mistake}", file=sys.stderr)
         return 2
