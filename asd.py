@@ -328,7 +328,7 @@ def _load_pipeline(path_or_name, dtype):
             library.set_verbosity_error()
             library.disable_progress_bar()
         return DiffusionPipeline.from_pretrained(
-            str(local or path_or_name), torch_dtype=dtype, use_safetensors=True,
+            str(local or path_or_name), dtype=dtype, use_safetensors=True,
             local_files_only=local is not None, safety_checker=None)
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements.txt") from error

@@ -63,7 +63,8 @@ CONCEPTS = """grinning-face winking-face crying-face angry-face skull pile-of-po
  ring gem-stone red-book pencil key hammer axe light-bulb candle camera television laptop
  mobile-phone magnifying-glass microscope telescope chair door bed bathtub toilet bomb magnet bell
  alarm-clock hourglass watch scissors envelope money-bag coin""".split()
-LESS_KNOWN = """water-buffalo two-hump-camel mammoth sauropod microbe wing cockroach mosquito fly worm
+LESS_KNOWN = """water-buffalo two-hump-camel mammoth sauropod microbe wing cockroach
+ mosquito fly worm
  cricket beetle bug oyster rosette wilted-flower sheaf-of-rice herb shamrock ewe
  ginger-root pea-pod leaf-fluttering-in-wind empty-nest black-bird front-facing-baby-chick
  flatbread stuffed-flatbread
@@ -368,6 +369,10 @@ class Trainer:
         self.ema = EMAModel(self.parameters, decay=ema_decay)
         if self.path.exists():
             self.load()
+        elif not minutes:
+            raise UserError(f"the {name} has not been trained: python tiny_sd.py train --only {name}")
+
+    unfinished = property(lambda self: self.spent < self.seconds)
 
     def save(self):
         tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
@@ -399,7 +404,7 @@ class Trainer:
         """Call loss_function() -> (loss, {term: value}) until the time is up."""
         bar = tqdm(total=round(self.seconds), initial=round(self.spent), unit="s", desc=self.name)
         saved, tick, smooth = time.time(), time.time(), {}
-        while self.spent < self.seconds:
+        while self.unfinished:
             done = self.spent / self.seconds
             rate = min(1, (self.step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
             for group in self.optimizer.param_groups:
@@ -520,7 +525,7 @@ def train_unet(args, vae):
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     trainer = Trainer("unet", both, args.minutes_unet, 1.2e-3, args)
     torch.manual_seed(trainer.step)
-    latents = cached_latents(vae, pictures, args.device)
+    latents = cached_latents(vae, pictures, args.device) if trainer.unfinished else None
     ids = torch.stack([tokenize(tokenizer, [row["captions"][k] for row in rows]) for k in (0, 1)])
     ids, null = ids.to(args.device), tokenize(tokenizer, [""]).to(args.device)
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
