@@ -263,6 +263,12 @@ class Prior:
                 or getattr(pipe, "text_encoder_2", None) is not None:
             raise UserError(f"{path_or_name} is a {type(pipe).__name__}: only latent pipelines "
                             "with a UNet2DConditionModel and one text encoder (SD 1.x, 2.x) do")
+        prediction_type = pipe.scheduler.config.prediction_type
+        if parts[0].config.in_channels != parts[1].config.latent_channels \
+                or prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"{path_or_name} predicts {prediction_type} from "
+                            f"{parts[0].config.in_channels} channels: only ε or v of the plain "
+                            "latents is supported, no inpainting or upscaling model")
         if dtype == torch.float16:
             pipe.vae.float()              # Stable Diffusion's VAE overflows in half precision
         for part in parts[:3]:
@@ -468,10 +474,10 @@ class State:
                     raise RuntimeError(f"{name} has another shape")
                 with torch.no_grad():
                     parameter.copy_(named[name])
-                if step:
-                    state = {key: named[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
-                    state = {key: value.to(parameter.device) for key, value in state.items()}
-                    optimizer.state[parameter] = state | {"step": named[f"{name}.step"]}
+                if f"{name}.step" in named:       # no gradient yet: no state
+                    moments = {key: named[f"{name}.{key}"].to(parameter.device, copy=True)
+                               for key in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[parameter] = moments | {"step": named[f"{name}.step"].clone()}
         self.rng.set_state(named["rng"])
         self.step = step
 
@@ -585,7 +591,7 @@ def distill(prior, generator, cond, method="asd", phi=None, state=None, seed=0, 
         # 1. x0 = g(θ);  x_t = α_t x0 + σ_t ε
         out = generator()
         x0, y, camera = out if isinstance(out, tuple) else (out, cond, None)
-        y, fake = y.expand(len(x0), -1, -1), x0.detach()
+        y, fake = y.expand(len(x0), -1, -1), x0.detach().clone()      # θ's step is in place
         t, eps = draw(state.rng, x0, lowest, highest)
         alpha_t, sigma_t = prior.alpha_sigma(t)
         x_t = add_noise(fake, eps, alpha_t, sigma_t)
@@ -595,8 +601,8 @@ def distill(prior, generator, cond, method="asd", phi=None, state=None, seed=0, 
         shared = {"noise": (t, eps), "eps_y": eps_y} if share else {}
         if trains and method.phi_first:
             loss_D = update_phi(prior, state, method, fake, y, null, camera, micro_batch, **shared)
-        # … and ε_φ: kept with its graph where the discriminator's step will use it again
-        keep = share and not method.phi_first and micro_batch is None
+        # … and ε_φ: with its graph where the discriminator's step uses it again
+        keep = share and not method.phi_first and micro_batch is None and camera is None
         with torch.set_grad_enabled(keep):
             eps_phi = predict_phi(state.phi, x_t, t, y, null, eps, camera, method.lam_phi,
                                   None if keep else micro_batch)
@@ -606,6 +612,9 @@ def distill(prior, generator, cond, method="asd", phi=None, state=None, seed=0, 
         check_finite(grad, "generator's gradient", state.step)
         state.opt_theta.zero_grad()
         (grad * x0).sum().div(len(x0)).backward()
+        for parameter in state.opt_theta.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                check_finite(parameter.grad, "generator's gradient", state.step)
         state.opt_theta.step()
         # 4. φ: Eq. 10, with its own draw or this one
         if trains and not method.phi_first:

@@ -72,7 +72,7 @@ class LoRAPhi(nn.Module):
         from diffusers.utils import convert_unet_state_dict_to_peft
         from peft.utils import set_peft_model_state_dict
         from safetensors.torch import load_file
-        layers = StableDiffusionPipeline.lora_state_dict(folder, local_files_only=True)
+        layers, _ = StableDiffusionPipeline.lora_state_dict(folder, local_files_only=True)
         layers = {key.removeprefix("unet."): value for key, value in layers.items()}
         set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(layers))
         if self.unet.class_embedding is not None:

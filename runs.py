@@ -36,6 +36,12 @@ from asd import (
 
 
 class Parser(argparse.ArgumentParser):
+    """Errors on one line; −1e-2 is a number, not a flag."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+
     def error(self, message):
         print(f"{self.prog}: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
@@ -103,7 +109,7 @@ def read_settings(given):
     if resume is not None:
         folder = Path(resume)
         try:
-            settings = json.loads((folder / "config.json").read_text())["settings"]
+            settings = dict(json.loads((folder / "config.json").read_text())["settings"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} holds no run to resume: config.json cannot be read "
                             f"({type(error).__name__})") from error
@@ -111,7 +117,11 @@ def read_settings(given):
         if out is not None or changed:
             flags = ["--" + key.replace("_", "-") for key in changed] or ["--out"]
             raise UserError(f"a resumed run keeps its settings: drop {', '.join(flags)}")
-        return settings | given, folder, True
+        settings = DEFAULTS | settings | given
+        missing = {"prompt", *Method.__dataclass_fields__} - settings.keys()
+        if missing:
+            raise UserError(f"{folder} holds no run to resume: config.json lacks {min(missing)}")
+        return settings, folder, True
     method = METHODS.get(given.get("method", "asd"))
     if method is None:
         raise UserError(f"unknown method {given['method']!r}: choose one of {', '.join(METHODS)}")
@@ -138,7 +148,10 @@ def read_image(path, size):
     import numpy as np
     from PIL import Image, ImageOps
     try:
-        picture = Image.open(path).convert("RGBA")
+        picture = Image.open(path)
+        if picture.mode.startswith("I"):          # 16-bit grey, which convert() would clip
+            picture = Image.fromarray((np.array(picture) / 257).round().astype("uint8"))
+        picture = picture.convert("RGBA")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__})") from error
     white = Image.new("RGBA", picture.size, "white")
@@ -174,6 +187,7 @@ def picture_measures(images):
 
 def save_checkpoint(path, state, frames):
     """Everything that goes on, in one safetensors file, moved into place when it is whole."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = state.tensors() | {f"frame.{step}": frame for step, frame in frames.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -181,8 +195,10 @@ def save_checkpoint(path, state, frames):
     try:
         save_file(tensors, temporary, {"format": "asd checkpoint 1", "step": str(state.step)})
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):         # a full disk, in the words of its library
+            raise OSError(str(error)) from error
         raise
 
 

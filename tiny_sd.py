@@ -333,9 +333,9 @@ def make_text_encoder(tokenizer):
 
 
 def make_clip(tokenizer):
-    """A judge of under 3 M parameters: ViT of 6 layers on 8 x 8 patches, text of 3 layers."""
+    """A judge of under 3 M parameters: ViT of 6 layers on 16 x 16 patches, text of 3 layers."""
     from transformers import CLIPConfig, CLIPModel
-    vision = {"image_size": 64, "patch_size": 8, "hidden_size": 160, "intermediate_size": 640,
+    vision = {"image_size": 64, "patch_size": 16, "hidden_size": 160, "intermediate_size": 640,
               "num_hidden_layers": 6, "num_attention_heads": 5, "projection_dim": 128}
     return CLIPModel(CLIPConfig(text_config=text_config(tokenizer), vision_config=vision,
                                 projection_dim=128))
@@ -370,7 +370,7 @@ class Trainer:
         if self.path.exists():
             self.load()
         elif not minutes:
-            raise UserError(f"the {name} has not been trained: python tiny_sd.py train --only {name}")
+            raise UserError(f"train the {name} first: python tiny_sd.py train --only {name}")
 
     unfinished = property(lambda self: self.spent < self.seconds)
 
@@ -394,8 +394,9 @@ class Trainer:
             for i, p in enumerate(self.parameters):
                 p.copy_(tensors[f"parameter.{i}"])
                 self.ema.shadow_params[i].copy_(tensors[f"ema.{i}"])
-                state["state"][i] = {key: tensors[f"adam.{i}.{key}"]
-                                     for key in ("step", "exp_avg", "exp_avg_sq")}
+                if f"adam.{i}.step" in tensors:       # not before the first step
+                    state["state"][i] = {key: tensors[f"adam.{i}.{key}"]
+                                         for key in ("step", "exp_avg", "exp_avg_sq")}
         self.optimizer.load_state_dict(state)
         self.step, self.spent = int(about["step"]), float(about["spent"])
         self.ema.optimization_step = self.step
@@ -563,7 +564,7 @@ def train_clip(args):
     weight = torch.tensor([0.2 if row["style"] == "solid" else 1.0 for row in rows])
 
     def loss_function():
-        row = torch.multinomial(weight, 192)
+        row = torch.multinomial(weight, 128)
         text = true_of[row, (torch.rand(len(row)) < 0.4).long()]
         positive = (true_of[row][:, :, None] == text).any(1).float().to(args.device)
         image = soil(jitter(pictures[row].float() / 255, shift=0.08, scale=0.15))
@@ -608,6 +609,8 @@ def export(args, vae, tokenizer, text_encoder, unet):
         requires_safety_checker=False)
     write_folder(Path(args.out), lambda folder: copy.deepcopy(pipe).to("cpu", torch.float16)
                  .save_pretrained(folder, max_shard_size="14MB"))
+    for name in ("vocab.json", "merges.txt"):      # in CLIP's own format, beside tokenizer.json
+        shutil.copy(DATA / "tokenizer" / name, Path(args.out) / "tokenizer" / name)
     # transformers loads in the dtype its config names, diffusers in float32 where none is asked for
     config = Path(args.out) / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))

@@ -1,0 +1,599 @@
+"""The command line: what a run leaves behind, going on after any interruption, users' mistakes.
+
+main() is called in this process; the runs that are killed are processes of their own, ASD_KILLS of
+them (default 3).  The model is test_distill.py's tiny one; the last test uses tiny-sd/.
+"""
+import ast
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import asd
+import runs
+from test_distill import folders, link_tree, no_network  # noqa: F401 (fixtures)
+
+HERE = Path(asd.__file__).resolve().parent
+KILLS = int(os.environ.get("ASD_KILLS", 3))
+load_once = functools.cache(asd.Prior.from_pretrained)
+
+
+# -------------------------------------------------------------------------------------- helpers
+@pytest.fixture
+def model(folders, monkeypatch):                            # noqa: F811
+    """The tiny model's folder; it is loaded once, as no run may change it."""
+    monkeypatch.setattr(asd.Prior, "from_pretrained", load_once)
+    return str(folders["epsilon"])
+
+
+@pytest.fixture
+def cli(model, tmp_path, monkeypatch, capsys):
+    """cli(*flags) -> (status, stdout, stderr) of a run of 3 steps of the tiny model in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        flags = [str(flag) for flag in flags]
+        if "--resume" not in flags:
+            for default in (["--model", model], ["--prompt", "a red apple"], ["--steps", "3"],
+                            ["--out", "run"], ["--device", "cpu"]):
+                flags += default if default[0] not in flags else []
+        try:
+            status = runs.main(flags)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
+
+
+def contents(folder):
+    """{path: bytes} of all that is in a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*")
+            if p.is_file()}
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(folder):
+    return load_file(Path(folder) / "checkpoint.safetensors")
+
+
+def same_run(a, b):
+    """The same bits in pictures, checkpoint and φ, the same numbers in the metrics."""
+    a, b = Path(a), Path(b)
+    assert contents(a).keys() == contents(b).keys()
+    one, two = checkpoint(a), checkpoint(b)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    for path in ("final.png", "progress.png"):
+        assert (a / path).read_bytes() == (b / path).read_bytes()
+    for path in a.glob("phi/*"):
+        one, two = load_file(path), load_file(b / "phi" / path.name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    rows = [[row | {"seconds": 0} for row in metrics(folder)] for folder in (a, b)]
+    assert rows[0] == rows[1]
+
+
+def one_line(result, *parts):
+    """The user made a mistake: status 2, a single line that says so, nothing on stdout."""
+    status, out, err = result
+    lines = [line for line in re.split(r"[\r\n]+", err) if line and "%|" not in line]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("asd.py: "), (status, err[-900:])
+    assert out == "" and "Traceback" not in err
+    for part in parts:
+        assert part in lines[0]
+
+
+# ----------------------------------------------------------------------------- what a run leaves
+@pytest.mark.parametrize("name, phi, file", [
+    ("sds", None, None),
+    ("vsd", "lora", "pytorch_lora_weights"), ("vsd", "embedding", "learned_embeds"),
+    ("asd", "lora", "pytorch_lora_weights"), ("asd", "embedding", "learned_embeds")])
+def test_a_run_leaves_its_files(cli, model, name, phi, file):
+    status, out, err = cli("--method", name, *(["--phi", phi] if phi else []), "--seed", 5)
+    assert status == 0 and out == "run/final.png\n" and "Warning" not in err
+    files = {"final.png", "progress.png", "metrics.jsonl", "config.json", "checkpoint.safetensors"}
+    assert contents("run").keys() == files | ({f"phi/{file}.safetensors"} if file else set())
+    rows = metrics("run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(row["loss_G"] > 0 and (row["loss_D"] != 0) == (name != "sds") for row in rows)
+    config = json.loads(Path("run/config.json").read_text())
+    settings = config.pop("settings")
+    assert settings["prompt"] == ["a red apple"] and settings["model"] == model
+    assert (settings["method"], settings["seed"], settings["steps"]) == (name, 5, 3)
+    assert settings["phi"] == (phi or "noise") and settings["gamma"] == asd.METHODS[name].gamma
+    assert config["torch"] == torch.__version__ and config["python"] == sys.version.split()[0]
+    assert config["dtype"] == "torch.float32" and config["device"] == "cpu"
+
+
+def test_a_shell_shows_the_bar_and_the_path(model, tmp_path):
+    """`python asd.py …` from anywhere: no warnings, nothing of the libraries' chatter."""
+    flags = ["--model", model, "--prompt", "a red apple", "--steps", "1", "--device", "cpu"]
+    done = subprocess.run([sys.executable, HERE / "asd.py", *flags], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, done.stdout) == (0, "outputs/asd-a-red-apple-0/final.png\n")
+    assert [line for line in re.split(r"[\r\n]+", done.stderr) if line and "%|" not in line] == []
+
+
+def test_final_picture_is_theta_decoded(cli, model):
+    cli()
+    images = asd.Prior.from_pretrained(model, "cpu", None).decode(checkpoint("run")["theta.0"])
+    pixels = (images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    expected = Image.fromarray(pixels).resize((256, 256), Image.BICUBIC)
+    with Image.open("run/final.png") as final:
+        assert np.array_equal(np.array(final), np.array(expected))
+
+
+def test_progress_goes_from_the_start_to_the_end(cli):
+    cli("--lr", 0.5)
+    saved = checkpoint("run")
+    frames = [saved[f"frame.{step}"] for step in range(4)]
+    assert all(frame.shape == (1, 3, 16, 16) for frame in frames)
+    assert not torch.equal(frames[0], frames[3])
+    with Image.open("run/progress.png") as film:
+        assert film.size == (4 * 128, 128)
+        first = film.resize((4 * 16, 16), Image.BOX).crop((0, 0, 16, 16))
+    first = torch.from_numpy(np.array(first)).permute(2, 0, 1).float()
+    errors = [(first - frame[0].float()).abs().mean() for frame in frames]
+    assert errors[0] == min(errors) < 8
+
+
+def test_film_of_a_long_run_has_ten_frames(cli, monkeypatch):
+    def quick(prior, generator, cond, method, state, micro_batch, callback):
+        while state.step < method.steps:
+            state.step += 1
+            callback(state, {"loss_G": 0.0, "loss_D": 0.0, "seconds": 0.0})
+    monkeypatch.setattr(runs, "distill", quick)
+    cli("--steps", 95, "--particles", 5)
+    with Image.open("run/progress.png") as film:            # of the first four particles
+        assert film.size == (10 * 128, 4 * 128)
+    measured = {row["step"] for row in metrics("run") if "saturation" in row}
+    assert measured == set(range(10, 91, 10)) | {round(i * 95 / 9) for i in range(1, 10)}
+
+
+def test_prompts_and_particles_make_a_grid(cli, model, monkeypatch):
+    told = []
+    distill = runs.distill
+    monkeypatch.setattr(runs, "distill", lambda prior, generator, cond, *args, **kwargs:
+                        told.append(cond) or distill(prior, generator, cond, *args, **kwargs))
+    status, _, _ = cli("--prompt", "a red apple", "--prompt", "a blue fox", "--particles", 3)
+    assert status == 0
+    assert checkpoint("run")["theta.0"].shape == (6, 4, 8, 8)
+    with Image.open("run/final.png") as final:
+        assert final.size == (3 * 256, 2 * 256)
+    encode = asd.Prior.from_pretrained(model, "cpu", None).encode_text
+    assert torch.equal(told[0], encode(["a red apple"] * 3 + ["a blue fox"] * 3))
+
+
+def test_grid_is_filled_row_by_row(tmp_path):
+    images = torch.randint(0, 256, (3, 3, 256, 256), dtype=torch.uint8)
+    runs.write_grid(tmp_path / "grid.png", images, 2)
+    with Image.open(tmp_path / "grid.png") as grid:
+        grid = torch.from_numpy(np.array(grid)).permute(2, 0, 1)
+    white = torch.full((3, 256, 256), 255, dtype=torch.uint8)
+    above, below = torch.cat([*images[:2]], 2), torch.cat([images[2], white], 2)
+    assert torch.equal(grid, torch.cat([above, below], 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_picture_measures_by_hand():
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * torch.ones(1, 3, 1, 1)
+    assert runs.picture_measures(red) == pytest.approx({"saturation": 1, "sharpness": 0}, abs=1e-6)
+    assert runs.picture_measures(board) == pytest.approx({"saturation": 0, "sharpness": 4})
+
+
+def test_unknown_words_are_named_once(cli):
+    _, _, err = cli("--prompt", "a red zebra", "--prompt", "Zebra fox", "--steps", 2)
+    assert err.count("zebra") == 1 and "has never seen: zebra\n" in err
+    assert "never seen" not in cli("--out", "known", "--steps", 1)[2]
+
+
+def test_runs_of_one_name_stay_apart(cli, model):
+    for _ in range(3):
+        runs.main(["--model", model, "--prompt", "A red Apple!", "--steps", "1", "--seed", "7",
+                   "--device", "cpu"])
+    names = sorted(path.name for path in Path("outputs").iterdir())
+    assert names == ["asd-a-red-apple-7", "asd-a-red-apple-7-2", "asd-a-red-apple-7-3"]
+
+
+def test_settings_reach_the_loop(cli, monkeypatch):
+    """Each flag of a method's row, φ's and the generator's."""
+    seen = {}
+    make_phi = runs.make_phi
+    monkeypatch.setattr(runs, "make_phi", lambda *args: seen.update(phi=args) or make_phi(*args))
+    monkeypatch.setattr(runs, "distill", lambda *args, **kwargs: seen.update(args=args, **kwargs))
+    flags = {"method": "vsd", "lam": 3.5, "gamma": -0.5, "omega": "1", "t_min": 0.1, "t_max": 0.9,
+             "lr": 0.2, "phi_lr": 0.3, "lam_phi": 2.0, "phi_steps": 2, "steps": 11}
+    given = [part for key, value in flags.items() for part in ("--" + key.replace("_", "-"), value)]
+    status, _, _ = cli(*given, "--phi-first", "--share-noise", "--rank", 3, "--tokens", 2,
+                       "--micro-batch", 1, "--checkpointing", "--seed", 8, "--pixels")
+    assert status == 0 and seen["micro_batch"] == 1 and isinstance(seen["args"][1], asd.Pixels)
+    del flags["method"]
+    assert seen["args"][3] == asd.Method(**flags, phi="lora", phi_first=True, share_noise=True)
+    assert seen["phi"][2:] == ("a red apple", 3, 2, True, 8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_prior_makes_a_float32_picture(cli, dtype):
+    status, _, _ = cli("--dtype", dtype, "--steps", 2)
+    saved = checkpoint("run")
+    assert status == 0 and saved["theta.0"].dtype == saved["phi.0"].dtype == torch.float32
+    assert json.loads(Path("run/config.json").read_text())["dtype"] == f"torch.{dtype}"
+
+
+# ------------------------------------------------------------------------------ first pictures
+def test_first_picture_is_cropped_on_white(tmp_path):
+    """Left half transparent, right half blue, twice as wide as high: its middle is kept."""
+    pixels = np.zeros((20, 40, 4), dtype=np.uint8)
+    pixels[:, 20:] = (0, 0, 255, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    image = runs.read_image(tmp_path / "a.png", (20, 20))
+    assert image.shape == (1, 3, 20, 20) and image.dtype == torch.float32
+    assert (image[..., :8] == 1).all()
+    assert (image[:, :2, :, 12:] == 0).all() and (image[:, 2, :, 12:] == 1).all()
+
+
+def test_pictures_are_made_smaller_by_averaging(tmp_path):
+    board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "a.png")
+    assert (runs.read_image(tmp_path / "a.png", (8, 8)) - 0.5).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("mode, size, value", [
+    ("RGBA", (16, 16), (255, 0, 0, 255)), ("L", (40, 30), 76), ("P", (16, 16), 0), ("1", (9, 9), 1),
+    ("RGB", (5000, 3000), (10, 20, 30)), ("RGB", (1, 1), (10, 20, 30)), ("LA", (7, 7), (76, 255)),
+    ("I;16", (16, 16), 76 * 257)])
+def test_pictures_of_every_kind_are_read(tmp_path, mode, size, value):
+    Image.new(mode, size, value).save(tmp_path / "a.png")
+    image = runs.read_image(tmp_path / "a.png", (12, 16))
+    colour = {"RGBA": (255, 0, 0), "L": (76,) * 3, "P": (0,) * 3, "1": (255,) * 3, "LA": (76,) * 3,
+              "RGB": (10, 20, 30), "I;16": (76,) * 3}[mode]
+    expected = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 12, 16) / 255
+    torch.testing.assert_close(image, expected, atol=0.006, rtol=0)
+
+
+def test_a_run_starts_from_the_picture(cli):
+    """With no learning rate the picture stays as it was."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("a.png")
+    status, _, _ = cli("--init", "a.png", "--pixels", "--lr", 0, "--particles", 2)
+    assert status == 0
+    expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    theta = checkpoint("run")["theta.0"]
+    assert theta.shape == (2, 3, 16, 16) and (theta == expected).all()
+    status, _, _ = cli("--init", "a.png", "--lr", 0, "--out", "latents")
+    assert status == 0 and checkpoint("latents")["theta.0"].shape == (1, 4, 8, 8)
+    assert torch.equal(checkpoint("latents")["frame.0"], checkpoint("latents")["frame.3"])
+
+
+# ------------------------------------------------------------------------------------- going on
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "PIL.Image"])
+KINDS = [["--method", "asd"], ["--method", "vsd", "--phi", "embedding", "--share-noise"],
+         ["--method", "asd", "--pixels", "--particles", "2"], ["--method", "sds"]]
+
+
+def command(argv, log):
+    """The command line in a process of its own, its stderr in a file."""
+    sys.stdout = sys.stderr = open(log, "w")
+    sys.exit(runs.main(argv))
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_a_killed_run_goes_on_bit_for_bit(cli, model, tmp_path, seed):
+    chance = random.Random(seed)
+    flags = ["--model", model, "--prompt", "a red apple", "--steps", "16", "--save-every", "2",
+             "--device", "cpu", "--seed", str(seed), *KINDS[seed % len(KINDS)]]
+    process = SERVER.Process(target=command, args=(
+        [*flags, "--out", str(tmp_path / "killed")], str(tmp_path / "log")))
+    process.start()
+    wanted, lines, log = chance.randint(0, 11), 0, Path("killed/metrics.jsonl")
+    while lines < wanted or not Path("killed/config.json").exists():
+        lines = log.read_bytes().count(b"\n") if log.exists() else 0
+        assert process.exitcode is None, (tmp_path / "log").read_text()[-900:]
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.05))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not Path("killed/final.png").exists()
+    assert cli("--resume", "killed")[0] == 0
+    assert cli(*flags, "--out", "whole")[0] == 0
+    same_run("whole", "killed")
+
+
+@pytest.mark.parametrize("init", [False, True])
+def test_a_run_without_a_checkpoint_yet_goes_on(cli, init):
+    """Stopped after config.json was written, before the first checkpoint."""
+    Image.new("RGB", (16, 16), "teal").save("a.png")
+    flags = ["--init", "a.png"] if init else []
+    cli(*flags)
+    cli(*flags, "--out", "stopped")
+    for path in ("checkpoint.safetensors", "final.png", "progress.png"):
+        (Path("stopped") / path).unlink()
+    assert cli("--resume", "stopped")[0] == 0
+    same_run("run", "stopped")
+
+
+def test_a_finished_run_goes_on_as_it_is(cli):
+    def now():
+        return contents("run") | {"config.json": json.loads(Path("run/config.json").read_text())}
+    cli()
+    before = now()
+    assert cli("--resume", "run")[0] == 0
+    assert now() == before
+
+
+def test_more_steps_are_the_longer_run(cli):
+    cli("--steps", 2)
+    assert cli("--resume", "run", "--steps", 5)[0] == 0
+    assert cli("--steps", 5, "--out", "long")[0] == 0
+    short, long = checkpoint("run"), checkpoint("long")
+    assert all(torch.equal(short[key], long[key]) for key in long if "frame" not in key)
+    assert [row["step"] for row in metrics("run")] == [1, 2, 3, 4, 5]
+    assert json.loads(Path("run/config.json").read_text())["settings"]["steps"] == 5
+
+
+def test_metrics_follow_the_checkpoint(cli):
+    """Lines after the checkpoint, and half a line, are written again."""
+    cli("--steps", 2)
+    with Path("run/metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss_G": 1e9}\n{"ste')
+    cli("--resume", "run", "--steps", 4)
+    assert [row["step"] for row in metrics("run")] == [1, 2, 3, 4]
+    assert all(row["loss_G"] < 1e9 for row in metrics("run"))
+
+
+def test_a_resumed_run_keeps_its_settings(cli):
+    cli("--lam", 3)
+    before = contents("run")
+    one_line(cli("--resume", "run", "--lam", 4, "--seed", 1), "--lam", "--seed")
+    one_line(cli("--resume", "run", "--prompt", "a blue fox"), "--prompt")
+    one_line(cli("--resume", "run", "--pixels"), "--pixels")
+    one_line(cli("--resume", "run", "--out", "other"), "--out")
+    assert contents("run") == before
+    assert cli("--resume", "run", "--lam", 3, "--save-every", 7, "--device", "cpu")[0] == 0
+
+
+def test_interrupted_run_says_how_to_go_on(cli, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(runs, "distill", interrupt)
+    status, _, err = cli()
+    assert status == 130 and "--resume run" in err and "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------ users' mistakes
+@pytest.mark.parametrize("flags, parts", [
+    (["--method", "hyper"], ["'hyper'", "sds, vsd, asd"]),
+    (["--phi", "hyper"], ["--phi", "lora"]),
+    (["--phi", "noise"], ["--phi noise", "--method sds"]),
+    (["--lam", "nan"], ["--lam", "nan"]),
+    (["--lam", "inf"], ["--lam", "inf"]),
+    (["--lam", "many"], ["--lam", "many"]),
+    (["--gamma", "-inf"], ["--gamma"]),
+    (["--steps", "0"], ["--steps", "0"]),
+    (["--steps", "-3"], ["--steps", "-3"]),
+    (["--steps", "2.5"], ["--steps", "2.5"]),
+    (["--lr", "-1"], ["--lr", "-1"]),
+    (["--particles", "0"], ["--particles"]),
+    (["--rank", "0"], ["--rank"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--seed", str(2 ** 63)], ["--seed"]),
+    (["--omega", "2"], ["--omega", "sigma2"]),
+    (["--prompt", ""], ["--prompt", "empty"]),
+    (["--prompt", "a fox", "--prompt", "  \n"], ["--prompt", "empty"]),
+    (["--t-min", "0.7", "--t-max", "0.3"], ["--t-min 0.7", "--t-max 0.3"]),
+    (["--t-max", "1.5"], ["--t-max", "1.5"]),
+    (["--gama", "1"], ["--gama"]),
+    (["apple"], ["apple"]),
+    (["--prompt"], ["--prompt"]),
+    (["--init", "nowhere.png"], ["nowhere.png"]),
+    (["--dtype", "int8"], ["--dtype", "bfloat16"]),
+    (["--device", "abacus"], ["abacus"]),
+    (["--phi", "embedding", "--tokens", "99"], ["tokens", "99"]),
+    (["--phi", "embedding", "--tokens", "0"], ["--tokens"]),
+    (["--resume", "nowhere"], ["nowhere", "no run to resume"]),
+    (["--resume", ""], ["no run to resume"]),
+])
+def test_mistake_is_one_line(cli, flags, parts):
+    one_line(cli(*flags), *parts)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("gamma", ["-1", "-.5", "-1e-2", "-2.5E+0"])
+def test_negative_numbers_are_read_in_any_notation(gamma):
+    assert runs.make_parser().parse_args(["--gamma", gamma]).gamma == float(gamma)
+
+
+def test_no_prompt_is_one_line(cli, capsys):
+    assert runs.main([]) == 2
+    assert capsys.readouterr().err == \
+        'asd.py: give a --prompt that is not empty, such as --prompt "a red apple"\n'
+
+
+def png_of(width, height):
+    """A PNG that announces this size and breaks off."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(
+        ">I", zlib.crc32(header))
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not a picture", png_of(16, 16), png_of(60000, 60000), None])
+def test_picture_that_cannot_be_read_is_one_line(cli, content):
+    Path("a.png").write_bytes(content) if content is not None else Path("a.png").mkdir()
+    one_line(cli("--init", "a.png"), "a.png", "picture")
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_folder_that_cannot_be_made_is_one_line(cli, out):
+    Path("file").write_text("mine")
+    one_line(cli("--out", out), "file")
+    assert Path("file").read_text() == "mine"
+
+
+def test_an_earlier_run_is_never_overwritten(cli):
+    cli("--steps", 1)
+    before = contents("run")
+    one_line(cli("--seed", 1), "run already holds a run", "--resume")
+    assert contents("run") == before
+
+
+def test_a_stray_checkpoint_is_not_taken_for_this_run(cli):
+    """A folder without config.json holds no run: what lies there must not be continued."""
+    cli("--seed", 1)
+    Path("stray").mkdir()
+    os.link("run/checkpoint.safetensors", "stray/checkpoint.safetensors")
+    assert cli("--seed", 2, "--out", "stray")[0] == 0
+    assert cli("--seed", 2, "--out", "clean")[0] == 0
+    same_run("clean", "stray")
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "null", "{}", '{"settings": 3}', '{"settings": {}}',
+    '{"settings": {"method": "asd"}}', "\0", b"\xff\xfe"])
+def test_corrupt_config_is_one_line(cli, text):
+    cli("--steps", 1)
+    Path("run/config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = contents("run")
+    one_line(cli("--resume", "run", "--steps", 2), "run")
+    assert contents("run") == before
+
+
+def damaged(path, damage):
+    """Spoil a checkpoint in one of many ways."""
+    named, whole = load_file(path), path.read_bytes()
+    about = {"format": "asd checkpoint 1", "step": "3"}
+    if damage == "cut":
+        path.write_bytes(whole[:len(whole) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "noise":
+        path.write_bytes(random.Random(0).randbytes(5000))
+    elif damage == "foreign":
+        save_file(named, path, about | {"format": "pt"})
+    elif damage == "no theta":
+        save_file({name: x for name, x in named.items() if name != "theta.0"}, path, about)
+    elif damage == "no momentum":
+        save_file({name: x for name, x in named.items() if "exp_avg" not in name}, path, about)
+    elif damage == "shape":
+        save_file(named | {"theta.0": torch.zeros(1, 4, 4, 4)}, path, about)
+    elif damage == "randomness":
+        save_file(named | {"rng": torch.zeros(3, dtype=torch.uint8)}, path, about)
+    elif damage == "step":
+        save_file(named, path, about | {"step": "many"})
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "foreign", "no theta", "no momentum",
+                                    "shape", "randomness", "step"])
+def test_corrupt_checkpoint_is_one_line(cli, damage):
+    cli()
+    damaged(Path("run/checkpoint.safetensors"), damage)
+    before = contents("run")
+    one_line(cli("--resume", "run", "--steps", 5), "checkpoint.safetensors cannot be resumed")
+    assert contents("run") == before
+
+
+def test_lost_model_is_one_line(cli, no_network):          # noqa: F811
+    one_line(cli("--model", "no/such-model"), "'no/such-model'", "mirror", "local diffusers folder")
+    one_line(cli("--model", "/no/such/folder"), "'/no/such/folder'")
+
+
+def test_broken_model_is_one_line(cli, model, tmp_path):
+    folder = link_tree(model, tmp_path / "model")
+    (folder / "unet" / "config.json").write_text("{")
+    one_line(cli("--model", folder), str(folder))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_that_is_not_there_is_one_line(cli):
+    one_line(cli("--device", "cuda"), "--device cuda")
+
+
+def test_divergence_is_one_line_and_keeps_the_checkpoint(cli):
+    result = cli("--method", "sds", "--lr", 1e30, "--steps", 9, "--save-every", 1)
+    one_line(result, "not finite at step", "--lr")
+    with safe_open("run/checkpoint.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == len(metrics("run")) >= 1
+        assert file.get_tensor("theta.0").isfinite().all()
+
+
+def full_disk(monkeypatch, real):
+    """The second checkpoint finds the disk full: as Python says it, or as safetensors does."""
+    import safetensors.torch
+    save, limits, calls = safetensors.torch.save_file, resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def save_file_on_full_disk(*args):
+        calls.append(1)
+        if len(calls) < 2:
+            return save(*args)
+        if not real:
+            Path(args[1]).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file_on_full_disk)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_full_disk_is_one_line_and_keeps_the_checkpoint(cli, monkeypatch, real):
+    cli("--steps", 2, "--out", "whole", "--save-every", 2)
+    with monkeypatch.context() as patch:
+        full_disk(patch, real)
+        one_line(cli("--steps", 6, "--save-every", 2))
+    kept, good = checkpoint("run"), checkpoint("whole")
+    assert all(torch.equal(kept[key], good[key]) for key in good if "frame" not in key)
+    assert not list(Path("run").glob("*.tmp*"))
+    assert cli("--resume", "run")[0] == 0 and len(metrics("run")) == 6
+
+
+# ------------------------------------------------------------------------------------ no pickles
+@pytest.mark.parametrize("module", ["asd.py", "phi.py", "runs.py"])
+def test_nothing_is_ever_pickled(module):
+    """Neither the modules that unpickle, nor torch.save and torch.load, nor eval and exec."""
+    used = set()
+    for node in ast.walk(ast.parse((HERE / module).read_text())):
+        if isinstance(node, ast.Import):
+            used |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, (ast.Attribute, ast.Name)):
+            used.add(ast.unparse(node))
+    assert not used & {"pickle", "dill", "joblib", "shelve", "marshal", "torch.load", "torch.save",
+                       "numpy.load", "np.load", "eval", "exec"}
+    assert used & {"torch", "torch.no_grad"}
+
+
+# ---------------------------------------------------------------------------------- end to end
+@pytest.mark.skipif(not (HERE / "tiny-sd/unet").is_dir(), reason="tiny-sd/ is not here")
+@pytest.mark.parametrize("name", ["sds", "vsd", "asd"])
+def test_twenty_steps_of_tiny_sd(cli, name):
+    status, out, _ = cli("--model", "tiny-sd", "--method", name, "--steps", 20)
+    assert status == 0 and Path(out.strip()).is_file() and len(metrics("run")) == 20
+    assert all(math.isfinite(value) for row in metrics("run") for value in row.values())
+    frames = checkpoint("run")
+    assert (frames["frame.0"].float() - frames["frame.20"].float()).abs().mean() > 1
