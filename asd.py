@@ -536,8 +536,14 @@ def discriminator_step(prior, state, method, x0, y, null, noise, camera=None, mi
         check_finite(loss, "discriminator's loss", state.step)
         loss.backward()
         total += loss.item()
+    check_gradients(state.opt_phi, "discriminator's gradient", state.step)
     state.opt_phi.step()
     return total
+
+
+def check_gradients(optimizer, name, step):
+    grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    check_finite(torch.nn.utils.get_total_norm(grads), name, step)
 
 
 def update_phi(prior, state, method, x0, y, null, camera, micro_batch, noise=None, eps_y=None,
@@ -612,9 +618,7 @@ def distill(prior, generator, cond, method="asd", phi=None, state=None, seed=0, 
         check_finite(grad, "generator's gradient", state.step)
         state.opt_theta.zero_grad()
         (grad * x0).sum().div(len(x0)).backward()
-        for parameter in state.opt_theta.param_groups[0]["params"]:
-            if parameter.grad is not None:
-                check_finite(parameter.grad, "generator's gradient", state.step)
+        check_gradients(state.opt_theta, "generator's gradient", state.step)
         state.opt_theta.step()
         # 4. φ: Eq. 10, with its own draw or this one
         if trains and not method.phi_first:

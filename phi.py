@@ -67,12 +67,14 @@ class LoRAPhi(nn.Module):
             save_file(self.unet.class_embedding.state_dict(), Path(folder) / "camera.safetensors")
 
     def load(self, folder):
-        """Read the adapters that save() (or any diffusers LoRA training) wrote."""
+        """Read what save(), or a LoRA training of scale 1, wrote; ValueError for other scales."""
         from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_unet_state_dict_to_peft
         from peft.utils import set_peft_model_state_dict
         from safetensors.torch import load_file
-        layers, _ = StableDiffusionPipeline.lora_state_dict(folder, local_files_only=True)
+        layers, alphas = StableDiffusionPipeline.lora_state_dict(folder, local_files_only=True)
+        if alphas:
+            raise ValueError(f"{folder}: a LoRA with scales of its own (network_alphas): not φ's")
         layers = {key.removeprefix("unet."): value for key, value in layers.items()}
         set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(layers))
         if self.unet.class_embedding is not None:

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,8 +72,8 @@ def make_parser():
     add("--lam", type=some, help="λ, guidance (default 7.5)")
     add("--gamma", type=some, help="γ of Eq. 10 (asd: -1; vsd: 0)")
     add("--steps", type=number(int, 1), help="updates of θ")
-    add("--lr", type=number(float, 0), help="Adam's learning rate for θ")
-    add("--phi-lr", type=number(float, 0), help="AdamW's learning rate for φ")
+    add("--lr", type=number(float, 0, 1e30), help="Adam's learning rate for θ")
+    add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's learning rate for φ")
     add("--omega", choices=list(OMEGAS), help="ω(t) (default sigma2)")
     add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
     add("--t-max", type=number(float, 0, 1), help="largest t for θ (default 0.98)")
@@ -109,7 +110,7 @@ def read_settings(given):
     if resume is not None:
         folder = Path(resume)
         try:
-            settings = dict(json.loads((folder / "config.json").read_text())["settings"])
+            settings = dict(json.loads((folder / "config.json").read_text("utf-8"))["settings"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} holds no run to resume: config.json cannot be read "
                             f"({type(error).__name__})") from error
@@ -129,6 +130,8 @@ def read_settings(given):
     prompts = settings.get("prompt") or []
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):
+        raise UserError("the --prompt is not valid text (UTF-8)")
     if settings["t_min"] > settings["t_max"]:
         raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']}")
     if settings["phi"] == "noise" and settings["method"] != "sds":
@@ -141,6 +144,23 @@ def read_settings(given):
     elif (folder / "config.json").exists():
         raise UserError(f"{folder} already holds a run: --resume it, or choose another --out")
     return settings, folder, False
+
+
+@contextmanager
+def moved_into(path):
+    """A temporary path beside `path`, moved there if all went well and removed if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    with moved_into(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_image(path, size):
@@ -170,9 +190,8 @@ def write_grid(path, images, columns, least=256):
     picture = Image.fromarray(grid.reshape(rows * height, columns * width, 3).numpy())
     scale = max(1, round(least / height))
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
-    temporary = path.with_suffix(".tmp.png")
-    picture.save(temporary)
-    os.replace(temporary, path)
+    with moved_into(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def picture_measures(images):
@@ -186,20 +205,16 @@ def picture_measures(images):
 
 
 def save_checkpoint(path, state, frames):
-    """Everything that goes on, in one safetensors file, moved into place when it is whole."""
+    """All that a run needs to go on, in one safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     tensors = state.tensors() | {f"frame.{step}": frame for step, frame in frames.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, {"format": "asd checkpoint 1", "step": str(state.step)})
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):         # a full disk, in the words of its library
-            raise OSError(str(error)) from error
-        raise
+        with moved_into(path) as temporary:
+            save_file(tensors, temporary, {"format": "asd checkpoint 1", "step": str(state.step)})
+    except SafetensorError as error:                   # a full disk, in the words of its library
+        raise OSError(str(error)) from error
 
 
 def load_checkpoint(path, state):
@@ -254,8 +269,8 @@ def run(settings, folder, resumed):
     going_on = checkpoint if resumed and checkpoint.exists() else None
     prior, cond, method, state, frames = set_up(settings, going_on)
     folder.mkdir(parents=True, exist_ok=True)
-    keep = metrics.read_text().splitlines()[:state.step] if going_on and metrics.exists() else []
-    write_text(metrics, "".join(line + "\n" for line in keep))
+    lines = metrics.read_text("utf-8").splitlines() if going_on and metrics.exists() else []
+    write_text(metrics, "".join(line + "\n" for line in lines[:state.step]))
     write_text(folder / "config.json", json.dumps(
         {"settings": settings, "torch": torch.__version__, "python": platform.python_version(),
          "device": str(prior.device), "dtype": str(prior.dtype)}, indent=1, ensure_ascii=False))
@@ -290,12 +305,6 @@ def run(settings, folder, resumed):
     if prior.device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
     print(folder / "final.png")
-
-
-def write_text(path, text):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def main(argv=None):

@@ -73,7 +73,7 @@ def test_samples_with_other_schedulers(pipe, scheduler):
     assert red > green + 0.1 and red > blue + 0.1
 
 
-@pytest.mark.parametrize("t, bound", [(100, 0.40), (300, 0.18), (500, 0.10), (700, 0.05)])
+@pytest.mark.parametrize("t, bound", [(100, 0.25), (300, 0.13), (500, 0.08), (700, 0.04)])
 def test_eps_error_is_small_and_smaller_with_the_right_caption(prior, examples, t, bound):
     captions, images = examples
     x0 = prior.encode_image(images)
