@@ -16,6 +16,7 @@ any time, the same command goes on where its last checkpoint was.
 """
 import argparse
 import copy
+import functools
 import io
 import json
 import math
@@ -651,13 +652,22 @@ def load_clip(folder, device):
 
 
 @torch.no_grad()
+def text_features(clip, tokenizer, texts):
+    """T texts -> unit vectors [T, 128]."""
+    out = clip.get_text_features(tokenize(tokenizer, texts).to(clip.device))
+    return F.normalize(getattr(out, "pooler_output", out), dim=-1)
+
+
+@torch.no_grad()
+def image_features(clip, images):
+    """RGB [B, 3, 64, 64] in [0, 1] -> unit vectors [B, 128]."""
+    out = clip.get_image_features(clip_pixels(images.to(clip.device)))
+    return F.normalize(getattr(out, "pooler_output", out), dim=-1)
+
+
 def clip_scores(clip, tokenizer, images, texts):
     """RGB [B, 3, 64, 64] in [0, 1], T texts -> cosine similarities [B, T]."""
-    device = clip.device
-    text = clip.get_text_features(tokenize(tokenizer, texts).to(device))
-    image = clip.get_image_features(clip_pixels(images.to(device)))
-    text, image = (F.normalize(getattr(x, "pooler_output", x), dim=-1) for x in (text, image))
-    return image @ text.T
+    return image_features(clip, images) @ text_features(clip, tokenizer, texts).T
 
 
 @torch.no_grad()
@@ -705,13 +715,14 @@ def concept_accuracy(clip, tokenizer, images, of, rows):
     emoji = sorted({row["captions"][1] for row in rows if row["style"] != "solid"})
     solid = sorted({row["captions"][1] for row in rows if row["style"] == "solid"})
     top1 = top5 = score = 0.0
-    for image, row in zip(images, of, strict=True):
+    features = functools.cache(lambda *texts: text_features(clip, tokenizer, list(texts)))
+    for image, row in zip(image_features(clip, images), of, strict=True):
         if row["style"] == "solid":
             view = row["captions"][0].removeprefix(row["captions"][1])
             texts = emoji + [text + view for text in solid]
         else:
             texts = [f"{row['style']} {text}" for text in emoji] + solid
-        scores = clip_scores(clip, tokenizer, image[None], texts)[0]
+        scores = features(*texts) @ image
         right = texts.index(row["captions"][0])
         rank = (scores > scores[right]).sum().item()
         top1, top5, score = top1 + (rank < 1), top5 + (rank < 5), score + scores[right].item()
