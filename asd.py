@@ -158,10 +158,10 @@ def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-
 def discriminator_loss_text(eps, fake_phi, fake_y, gamma=-1.0):
     """Eq. 10: the discriminator's loss when only a prompt is given, no real samples. -> scalar.
 
-    All [B, C, H, W], without classifier-free guidance. γ = 0 is VSD's φ loss; γ = −1 is the paper's
-    2D setting, where the loss is *affine* in ε_φ: nothing but the learning rate and the number of
-    steps bounds φ. It bounds Eq. 9 at η = ½, γ = −1 from above, up to terms without φ, as long as
-    its own γ ≥ gamma_lower_bound(…): between the losses, not between their gradients.
+    All [B, C, H, W], without classifier-free guidance. γ = 0 is VSD's φ loss; at γ = −1, the
+    released code's default, the loss is *affine* in ε_φ: nothing but the learning rate and the
+    number of steps bounds φ. It bounds Eq. 9 at η = ½, γ = −1 from above, up to terms without φ, as
+    long as its own γ ≥ gamma_lower_bound(…): between the losses, not between their gradients.
     """
     # ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖²
     gamma = _per_sample(gamma, eps)
@@ -438,7 +438,7 @@ class Method:
 METHODS = {
     "sds": Method(phi="noise"),
     "vsd": Method(gamma=0.0),
-    # Eq. 10 is affine at γ = −1: φ never settles, and past 250 steps the pictures darken (measured)
+    # Eq. 10 is affine at γ = −1, φ never settles: on tiny-sd "a red apple" is dark by 300 steps
     "asd": Method(gamma=-1.0, steps=220),
 }
 
