@@ -31,6 +31,7 @@ are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t [B, 1, 1, 1]; λ, γ, �
 The equations need torch alone and can be copied out one by one. φ as a LoRA or an embedding is in
 phi.py, the command line's folders and pictures are in runs.py.
 """
+import functools
 import math
 import re
 import sys
@@ -354,7 +355,7 @@ def _load_pipeline(path_or_name, dtype):
 class NoisePhi(nn.Module):
     """SDS: ε_φ = ε, the added noise itself. Nothing to train, no network to evaluate."""
 
-    def forward(self, x_t, t, cond, eps, camera=None):
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         return eps
 
     def save(self, folder):
@@ -426,6 +427,8 @@ class Method:
     omega: str = "sigma2"         # ω(t), a name of OMEGAS
     t_min: float = 0.02           # θ's t is uniform in [t_min T, t_max T]; φ's in 0 … T−1
     t_max: float = 0.98
+    t_max_late: float = 0.98      # the same after t_late of the steps (3D: 0.5 after a fifth)
+    t_late: float = 1.0
     lr: float = 0.03              # Adam for θ
     phi_lr: float = 1e-3          # AdamW for φ, no weight decay
     lam_phi: float = 1.0          # guidance inside φ
@@ -443,42 +446,70 @@ METHODS = {
 }
 
 
-class State:
-    """All that a run consists of: θ, φ, both optimisers, the generator of randomness, the step."""
+@dataclass
+class Discriminator:
+    """D(x_t; y, φ) of Eq. 5: what it asks, what it sees, how φ learns. Editing subtracts a second.
 
-    def __init__(self, generator, phi, method, rng):
+    cond   y [1 or B, L, C].
+    gamma  of Eq. 10; with eta of Eq. 9, where there are real samples.
+    real   x0 of real samples [1 or B, C, H, W]; None: there are none, Eq. 10.
+    seen   x0 that the generator's gradient judges [1 or B, C, H, W]; None: the generator's samples.
+    """
+    phi: nn.Module
+    cond: torch.Tensor
+    gamma: float = -1.0
+    eta: float = 0.5
+    real: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+
+
+class State:
+    """All that a run consists of: θ, φ, both optimisers, the generator of randomness, the step.
+
+    second: a Discriminator that is subtracted (Eq. 11); its φ shares φ's optimiser.
+    """
+
+    def __init__(self, generator, phi, method, rng, second=None):
         # rng lives on the CPU whatever the device: the same seed draws the same noise everywhere
         self.generator, self.phi, self.rng, self.step = generator, phi, rng, 0
-        phi_parameters = [p for p in phi.parameters() if p.requires_grad]
-        self.opt_theta = torch.optim.Adam(generator.parameters(), method.lr)
+        self.second = second
+        phis = [phi] if second is None else [phi, second.phi]
+        phi_parameters = [p for module in phis for p in module.parameters() if p.requires_grad]
+        groups = getattr(generator, "parameter_groups", None)         # rates of its own, in 3D
+        theta = groups(method.lr) if groups else generator.parameters()
+        self.opt_theta = torch.optim.Adam(theta, method.lr)
         self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0) \
             if phi_parameters else None
+
+    def parts(self):
+        """(name, tensor, its optimiser or None) of θ, φ and of what else the generator keeps."""
+        for part, optimizer in (("theta", self.opt_theta), ("phi", self.opt_phi)):
+            groups = optimizer.param_groups if optimizer else []
+            for i, parameter in enumerate(p for group in groups for p in group["params"]):
+                yield f"{part}.{i}", parameter, optimizer
+        for name, buffer in self.generator.named_buffers():
+            yield f"buffer.{name}", buffer, None
 
     def tensors(self):
         """{name: tensor}: everything but the step; the parameters are the living ones."""
         named = {"rng": self.rng.get_state()}
-        for part, optimizer in (("theta", self.opt_theta), ("phi", self.opt_phi)):
-            if optimizer is None:
-                continue
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-                named[f"{part}.{i}"] = parameter.detach()
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    named[f"{part}.{i}.{key}"] = value
+        for name, tensor, optimizer in self.parts():
+            named[name] = tensor.detach()
+            moments = optimizer.state.get(tensor, {}) if optimizer else {}
+            named |= {f"{name}.{key}": value for key, value in moments.items()}
         return named
 
     def load_tensors(self, named, step):
         """The inverse of tensors(); raises KeyError or RuntimeError where they do not fit."""
-        for part, optimizer in (("theta", self.opt_theta), ("phi", self.opt_phi)):
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"] if optimizer else []):
-                name = f"{part}.{i}"
-                if parameter.shape != named[name].shape:
-                    raise RuntimeError(f"{name} has another shape")
-                with torch.no_grad():
-                    parameter.copy_(named[name])
-                if f"{name}.step" in named:       # no gradient yet: no state
-                    moments = {key: named[f"{name}.{key}"].to(parameter.device, copy=True)
-                               for key in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[parameter] = moments | {"step": named[f"{name}.step"].clone()}
+        for name, tensor, optimizer in self.parts():
+            if tensor.shape != named[name].shape:
+                raise RuntimeError(f"{name} has another shape")
+            with torch.no_grad():
+                tensor.copy_(named[name])
+            if f"{name}.step" in named:           # no gradient yet: no state
+                moments = {key: named[f"{name}.{key}"].to(tensor.device, copy=True)
+                           for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[tensor] = moments | {"step": named[f"{name}.step"].clone()}
         self.rng.set_state(named["rng"])
         self.step = step
 
@@ -493,7 +524,8 @@ def in_parts(size, function, *tensors):
     """function(*tensors), `size` samples at a time (None: all at once), put together again."""
     if size is None or len(tensors[0]) <= size:
         return function(*tensors)
-    parts = zip(*(x.split(size) for x in tensors), strict=True)
+    missing = [None] * math.ceil(len(tensors[0]) / size)
+    parts = zip(*(missing if x is None else x.split(size) for x in tensors), strict=True)
     return torch.cat([function(*part) for part in parts])
 
 
@@ -507,33 +539,46 @@ def predict_prior(prior, x_t, t, y, null, lam, micro_batch=None):
         return in_parts(micro_batch, prior.eps, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
 
 
-def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None):
-    """ε_φ, with guidance λ_φ inside φ (1: none)."""
+def asked(phi, step, y, null):
+    """What the prior is asked for y and for ∅ at this step; a φ with fixed words may change it."""
+    return phi.prompts(step, y, null) if hasattr(phi, "prompts") else (y, null)
+
+
+def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None,
+                eps_uncond=None, eps_y=None):
+    """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
     def of(cond):
-        camera_or_not = () if camera is None else (camera,)
-        return in_parts(micro_batch, phi, x_t, t, cond, eps, *camera_or_not)
+        return in_parts(micro_batch, phi, x_t, t, cond, eps, camera, eps_uncond, eps_y)
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
 
 
-def discriminator_step(prior, state, method, x0, y, null, noise, camera=None, micro_batch=None,
+def discriminator_step(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None,
                        eps_y=None, eps_phi=None):
-    """Step 4 of the loop: one update of φ by Eq. 10 on the detached x0 [B, C, H, W]. -> loss_D.
+    """Step 4 of the loop: one update of d's φ on the detached fake x0 [B, C, H, W]. -> loss_D.
 
     noise = (t, ε). eps_y and eps_phi, where the generator's step has computed them at this noise,
     are used again. Only φ's evaluation has a graph; micro_batch bounds how much lives at once.
     """
     (t, eps), total = noise, 0.0
-    x_t = add_noise(x0, eps, *prior.alpha_sigma(t))
-    if eps_y is None and method.gamma != 0:
-        eps_y, _ = predict_prior(prior, x_t, t, y, null, 1, micro_batch)     # no guidance on ε_y
+    coefficients, y = prior.alpha_sigma(t), d.cond.expand(len(x0), -1, -1)
+    fake_t = add_noise(x0, eps, *coefficients)
+    real_t = None if d.real is None else add_noise(d.real.expand_as(x0), eps, *coefficients)
+    if eps_y is None and real_t is None and d.gamma != 0:
+        eps_y, _ = predict_prior(prior, fake_t, t, y, null, 1, micro_batch)  # no guidance on ε_y
     state.opt_phi.zero_grad()
     for part in torch.arange(len(x0), device=x0.device).split(micro_batch or len(x0)):
-        here = eps_phi
-        if here is None:
-            here = predict_phi(state.phi, x_t[part], t[part], y[part], null, eps[part],
+        def phi_at(x_t, part=part):
+            return predict_phi(d.phi, x_t[part], t[part], y[part], null, eps[part],
                                None if camera is None else camera[part], method.lam_phi)
-        target = here.detach() if eps_y is None else eps_y[part]             # γ = 0: not needed
-        loss = discriminator_loss_text(eps[part], here, target, method.gamma) * len(part) / len(x0)
+        if real_t is None:                                                   # Eq. 10
+            here = phi_at(fake_t) if eps_phi is None else eps_phi
+            target = here.detach() if eps_y is None else eps_y[part]         # γ = 0: not needed
+            loss = discriminator_loss_text(eps[part], here, target, d.gamma)
+        else:                     # Eq. 9 without its terms of y, and any half of weight 0: no φ
+            nil = eps[part]
+            loss = discriminator_loss(nil, phi_at(fake_t) if d.eta else nil, nil,
+                                      phi_at(real_t) if d.eta < 1 else nil, nil, d.eta, d.gamma)
+        loss = loss * len(part) / len(x0)
         check_finite(loss, "discriminator's loss", state.step)
         loss.backward()
         total += loss.item()
@@ -543,18 +588,19 @@ def discriminator_step(prior, state, method, x0, y, null, noise, camera=None, mi
 
 
 def check_gradients(optimizer, name, step):
-    grads = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]
+             if p.grad is not None]
     check_finite(torch.nn.utils.get_total_norm(grads), name, step)
 
 
-def update_phi(prior, state, method, x0, y, null, camera, micro_batch, noise=None, eps_y=None,
+def update_phi(prior, state, method, d, x0, null, camera, micro_batch, noise=None, eps_y=None,
                eps_phi=None):
     """φ's updates of one step of the loop, each at a draw of its own or at `noise`. -> loss_D."""
     for i in range(method.phi_steps):
         seen, fresh = camera, noise or draw(state.rng, x0, 0, prior.steps - 1)
         if camera is not None:                  # one view in ten is learnt without its camera
             seen = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
-        loss = discriminator_step(prior, state, method, x0, y, null, fresh, seen, micro_batch,
+        loss = discriminator_step(prior, state, method, d, x0, null, fresh, seen, micro_batch,
                                   eps_y, eps_phi if i == 0 else None)
     return loss
 
@@ -566,17 +612,51 @@ def check_finite(tensor, name, step):
                                  "--phi-lr, or --dtype float32")
 
 
-def distill(prior, generator, cond, method="asd", phi=None, state=None, seed=0, micro_batch=None,
-            callback=None):
+def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None):
+    """Step 2 of the loop for one discriminator: the gradient of Eq. 7, and what step 4 is to do.
+
+    x0 [B, C, H, W] detached. -> (gradient like x0, learn), learn() -> loss_D updates d's φ.
+    """
+    t, eps = noise
+    alpha_t, sigma_t = prior.alpha_sigma(t)
+    x_t = add_noise(x0 if d.seen is None else d.seen.expand_as(x0), eps, alpha_t, sigma_t)
+    y, base = asked(d.phi, state.step, d.cond.expand(len(x0), -1, -1), null)
+    # ε_∅ and ε_y without a graph
+    eps_uncond, eps_y = predict_prior(prior, x_t, t, y, base, method.lam, micro_batch)
+    # φ may learn from the same t and ε: ε_y and ε_φ serve again if it sees the same x_t
+    trains = any(p.requires_grad for p in d.phi.parameters())
+    again = method.share_noise and d.seen is None and d.real is None
+    shared = {"noise": noise} if method.share_noise else {}
+    shared |= {"eps_y": eps_y} if again else {}
+    learn = functools.partial(update_phi, prior, state, method, d, x0, null, camera, micro_batch,
+                              **shared) if trains else lambda: 0.0
+    if method.phi_first:
+        loss_D = learn()
+        learn = lambda: loss_D                                              # noqa: E731
+    # … and ε_φ: with its graph where the discriminator's step uses it again
+    keep = trains and again and not (method.phi_first or micro_batch) and camera is None
+    with torch.set_grad_enabled(keep):
+        eps_phi = predict_phi(d.phi, x_t, t, y, null, eps, camera, method.lam_phi, micro_batch,
+                              eps_uncond, eps_y)
+    if keep:
+        learn = functools.partial(learn, eps_phi=eps_phi)
+    omega = OMEGAS[method.omega](alpha_t, sigma_t)
+    return generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega), learn
+
+
+def distill(prior, generator, cond, method="asd", phi=None, second=None, state=None, seed=0,
+            micro_batch=None, callback=None):
     """The loop: optimise the generator's θ until its samples look to the prior like the prompt.
 
     prior       a Prior.
     generator   an nn.Module; generator() -> x0 [B, C, H, W], or (x0, cond, camera) where what is
                 asked for depends on the view (3D): cond [B, L, C], camera [B, 16] for φ.
+                generator.regulariser() -> a scalar that is added to its loss, if there is one.
     cond        [1 or B, L, C] from prior.encode_text.
     method      a Method, or a name in METHODS.
     phi         default: as method.phi says.
-    state       a State to go on with; default: a new one.
+    second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
+    state       a State to go on with (then phi and second are the state's); default: a new one.
     micro_batch samples per UNet call; default: all.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
 
@@ -587,44 +667,36 @@ def distill(prior, generator, cond, method="asd", phi=None, state=None, seed=0, 
     method = METHODS[method] if isinstance(method, str) else method
     if state is None:
         phi = phi or make_phi(method.phi, prior, seed=seed)
-        state = State(generator, phi, method, torch.Generator().manual_seed(seed))
-    null = prior.encode_text([""])
-    last = prior.steps - 1
-    lowest, highest = (min(round(f * prior.steps), last) for f in (method.t_min, method.t_max))
-    trains = state.opt_phi is not None
-    share = method.share_noise and trains
+        state = State(generator, phi, method, torch.Generator().manual_seed(seed), second)
+    null, last = prior.encode_text([""]), prior.steps - 1
     while state.step < method.steps:
-        began, loss_D = time.perf_counter(), 0.0
+        began = time.perf_counter()
         # 1. x0 = g(θ);  x_t = α_t x0 + σ_t ε
         out = generator()
         x0, y, camera = out if isinstance(out, tuple) else (out, cond, None)
-        y, fake = y.expand(len(x0), -1, -1), x0.detach().clone()      # θ's step is in place
-        t, eps = draw(state.rng, x0, lowest, highest)
-        alpha_t, sigma_t = prior.alpha_sigma(t)
-        x_t = add_noise(fake, eps, alpha_t, sigma_t)
-        # 2. ε_∅ and ε_y without a graph
-        eps_uncond, eps_y = predict_prior(prior, x_t, t, y, null, method.lam, micro_batch)
-
-        shared = {"noise": (t, eps), "eps_y": eps_y} if share else {}
-        if trains and method.phi_first:
-            loss_D = update_phi(prior, state, method, fake, y, null, camera, micro_batch, **shared)
-        # … and ε_φ: with its graph where the discriminator's step uses it again
-        keep = share and not method.phi_first and micro_batch is None and camera is None
-        with torch.set_grad_enabled(keep):
-            eps_phi = predict_phi(state.phi, x_t, t, y, null, eps, camera, method.lam_phi,
-                                  None if keep else micro_batch)
+        fake = x0.detach().clone()                                    # θ's step is in place
+        early = state.step < method.t_late * method.steps
+        bounds = method.t_min, method.t_max if early else method.t_max_late
+        noise = draw(state.rng, x0, *(min(round(f * prior.steps), last) for f in bounds))
+        # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one
+        look = functools.partial(judge, prior, state, method, x0=fake, null=null, noise=noise,
+                                 camera=camera, micro_batch=micro_batch)
+        grad, learn = look(Discriminator(state.phi, y, method.gamma))
+        learns = [learn]
+        if state.second is not None:
+            minus, learn = look(state.second)
+            grad, learns = grad - minus, [*learns, learn]
         # 3. θ: Eq. 7, sent through x0 by the surrogate ⟨stop(grad), x0⟩ / B
-        omega = OMEGAS[method.omega](alpha_t, sigma_t)
-        grad = generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
         check_finite(grad, "generator's gradient", state.step)
+        surrogate = (grad * x0).sum().div(len(x0))
+        if hasattr(generator, "regulariser"):
+            surrogate = surrogate + generator.regulariser()
         state.opt_theta.zero_grad()
-        (grad * x0).sum().div(len(x0)).backward()
+        surrogate.backward()
         check_gradients(state.opt_theta, "generator's gradient", state.step)
         state.opt_theta.step()
-        # 4. φ: Eq. 10, with its own draw or this one
-        if trains and not method.phi_first:
-            loss_D = update_phi(prior, state, method, fake, y, null, camera, micro_batch, **shared,
-                                eps_phi=eps_phi if keep else None)
+        # 4. φ: Eq. 10 (or 9), with its own draw or this one
+        loss_D = sum(learn() for learn in learns)
         state.step += 1
         if callback:
             callback(state, {"loss_G": grad.norm().item(), "loss_D": loss_D,

@@ -50,7 +50,7 @@ class LoRAPhi(nn.Module):
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
 
-    def forward(self, x_t, t, cond, eps, camera=None):
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         cond = cond if self.cond is None else self.cond.expand(len(x_t), -1, -1)
         extra = {} if self.unet.class_embedding is None else {"class_labels": camera}
         return self.prior.eps_of(self.unet, x_t, t, cond, **extra)
@@ -111,7 +111,7 @@ class EmbeddingPhi(nn.Module):
         longer = torch.cat([table, self.embedding.to(table.dtype)])
         return torch.func.functional_call(self.prior.text_encoder, {self.name: longer}, self.ids)[0]
 
-    def forward(self, x_t, t, cond, eps, camera=None):
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         return self.prior.eps(x_t, t, self.encode().expand(len(x_t), -1, -1))
 
     def save(self, folder):

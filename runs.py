@@ -1,6 +1,8 @@
-"""runs.py — what the command lines share: flags, output folders, checkpoints, pictures.
+"""runs.py — what asd.py, editing.py and nerf.py share: flags, folders, checkpoints, pictures.
 
     python asd.py --prompt "a red apple"       calls main() below
+
+What differs between them is a Program, a record of functions; asd.py's, ASD, is the last one here.
 
 A run lives in one folder: config.json (every setting), metrics.jsonl (a line per step),
 checkpoint.safetensors (θ, φ, both optimisers, the state of the generator of randomness, the step,
@@ -16,8 +18,9 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -60,35 +63,50 @@ def number(kind, low=-math.inf, high=math.inf):
     return convert
 
 
-def make_parser():
+@dataclass(frozen=True)
+class Program:
+    """What one of the programs adds to what they share."""
+    name: str                     # "asd.py"
+    about: str                    # one line for --help
+    methods: Callable             # () -> {name: row}, all of one dataclass, `row`
+    add_flags: Callable           # (add): its own, as argparse's add_argument
+    defaults: dict                # of flags that are not in a method's row
+    prompts: Callable             # (settings) -> the texts; the first one names the folder
+    check: Callable               # (settings): raises UserError; nothing is loaded yet
+    build: Callable               # (settings, prior, method, rng, folder, anew)
+    #                               -> (generator, cond, phi, second); `anew`: no checkpoint is read
+    finish: Callable              # (folder, settings, prior, state, film) -> the picture to name
+    measure: Callable             # (settings, prior, state, images) -> {name: number}
+    row: type = Method
+
+
+def make_parser(program):
     """Flags named by the paper's symbols; what is not given comes from the method's row."""
-    p = Parser(prog="asd.py", description="Optimise pictures until they look, to a frozen "
-               "text-to-image diffusion model, like the prompt (Adversarial Score Distillation).")
+    p = Parser(prog=program.name, description=program.about)
     add, some = p.add_argument, number(float)
-    add("--prompt", action="append", metavar="TEXT", help="what to make; repeat for several")
-    add("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default asd)")
+    program.add_flags(add)
+    add("--method", metavar="NAME", help=f"one of {', '.join(program.methods())} (default asd)")
     add("--phi", choices=["noise", "lora", "embedding"], help="what predicts ε_φ")
     add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
     add("--lam", type=some, help="λ, guidance (default 7.5)")
-    add("--gamma", type=some, help="γ of Eq. 10 (asd: -1; vsd: 0)")
+    add("--gamma", type=some, help="γ of Eq. 10")
     add("--steps", type=number(int, 1), help="updates of θ")
     add("--lr", type=number(float, 0, 1e30), help="Adam's learning rate for θ")
     add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's learning rate for φ")
     add("--omega", choices=list(OMEGAS), help="ω(t) (default sigma2)")
     add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
     add("--t-max", type=number(float, 0, 1), help="largest t for θ (default 0.98)")
+    add("--t-max-late", type=number(float, 0, 1), help="the same after --t-late of the steps")
+    add("--t-late", type=number(float, 0, 1), help="a fraction of the steps (default 1: never)")
     add("--lam-phi", type=some, help="guidance inside φ (default 1: none)")
     add("--phi-steps", type=number(int, 1), help="updates of φ per update of θ (default 1)")
     add("--phi-first", action="store_const", const=True, help="update φ before θ")
     add("--share-noise", action="store_const", const=True, help="θ's t and ε for φ (Algorithm 1)")
     add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
     add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
-    add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
     add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")
     add("--checkpointing", action="store_const", const=True, help="less memory for φ, more time")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of all randomness (default 0)")
-    add("--init", metavar="PNG", help="start from this picture, not from noise")
-    add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the prior (cpu: float32)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (default 50)")
@@ -97,46 +115,32 @@ def make_parser():
     return p
 
 
-DEFAULTS = {"method": "asd", "model": "tiny-sd", "rank": 4, "tokens": 4, "particles": 1, "seed": 0,
-            "save_every": 50, "pixels": False, "checkpointing": False, "micro_batch": None,
-            "init": None, "device": None, "dtype": None}
+DEFAULTS = {"method": "asd", "model": "tiny-sd", "rank": 4, "tokens": 4, "seed": 0,
+            "save_every": 50, "checkpointing": False, "micro_batch": None, "device": None,
+            "dtype": None}
 MAY_CHANGE = {"steps", "device", "save_every", "micro_batch"}     # of a run that is resumed
 
 
-def read_settings(given):
+def read_settings(given, program):
     """Command line -> (settings, folder, resumed): rows, defaults and a resumed run filled in."""
     given = {key: value for key, value in given.items() if value is not None}
     resume, out = given.pop("resume", None), given.pop("out", None)
     if resume is not None:
-        folder = Path(resume)
-        try:
-            settings = dict(json.loads((folder / "config.json").read_text("utf-8"))["settings"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} holds no run to resume: config.json cannot be read "
-                            f"({type(error).__name__})") from error
-        changed = [k for k, v in given.items() if k not in MAY_CHANGE and settings.get(k) != v]
-        if out is not None or changed:
-            flags = ["--" + key.replace("_", "-") for key in changed] or ["--out"]
-            raise UserError(f"a resumed run keeps its settings: drop {', '.join(flags)}")
-        settings = DEFAULTS | settings | given
-        missing = {"prompt", *Method.__dataclass_fields__} - settings.keys()
-        if missing:
-            raise UserError(f"{folder} holds no run to resume: config.json lacks {min(missing)}")
-        return settings, folder, True
-    method = METHODS.get(given.get("method", "asd"))
+        return resumed_settings(given, out, Path(resume), program), Path(resume), True
+    methods = program.methods()
+    method = methods.get(given.get("method", "asd"))
     if method is None:
-        raise UserError(f"unknown method {given['method']!r}: choose one of {', '.join(METHODS)}")
-    settings = asdict(method) | DEFAULTS | given
-    prompts = settings.get("prompt") or []
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
-    if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):
-        raise UserError("the --prompt is not valid text (UTF-8)")
-    if settings["t_min"] > settings["t_max"]:
-        raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']}")
-    if settings["phi"] == "noise" and settings["method"] != "sds":
+        raise UserError(f"unknown method {given['method']!r}: choose one of {', '.join(methods)}")
+    settings = DEFAULTS | program.defaults | asdict(method) | given
+    program.check(settings)
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(program.prompts(settings))):
+        raise UserError("the prompt is not valid text (UTF-8)")
+    if settings["t_min"] > min(settings["t_max"], settings["t_max_late"]):
+        raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']} "
+                        f"or --t-max-late {settings['t_max_late']}")
+    if settings["phi"] == "noise" and method.phi != "noise":
         raise UserError(f"--phi noise is --method sds; {settings['method']} needs one to train")
-    name = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:40]
+    name = re.sub(r"[^a-z0-9]+", "-", program.prompts(settings)[0].lower()).strip("-")[:40]
     folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
     if out is None:                    # an earlier run of the same name is kept
         tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
@@ -144,6 +148,29 @@ def read_settings(given):
     elif (folder / "config.json").exists():
         raise UserError(f"{folder} already holds a run: --resume it, or choose another --out")
     return settings, folder, False
+
+
+def resumed_settings(given, out, folder, program):
+    """The settings of the run in `folder`; of those given, only MAY_CHANGE may be others."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        settings, made_by = dict(config["settings"]), config.get("program", program.name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no run to resume: config.json cannot be read "
+                        f"({type(error).__name__})") from error
+    if made_by != program.name:
+        raise UserError(f"{folder} holds a run of {made_by}: resume it with that")
+    changed = [k for k, v in given.items() if k not in MAY_CHANGE and settings.get(k) != v]
+    if out is not None or changed:
+        flags = ["--" + key.replace("_", "-") for key in changed] or ["--out"]
+        raise UserError(f"a resumed run keeps its settings: drop {', '.join(flags)}")
+    settings = DEFAULTS | program.defaults | settings | given
+    try:
+        program.row(**{key: settings[key] for key in program.row.__dataclass_fields__})
+        program.check(settings)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no run to resume: config.json lacks {error}") from error
+    return settings
 
 
 @contextmanager
@@ -232,7 +259,7 @@ def load_checkpoint(path, state):
     return {int(name.split(".")[1]): value for name, value in named.items() if "frame." in name}
 
 
-def set_up(settings, checkpoint=None):
+def set_up(program, settings, folder, checkpoint=None):
     """settings -> (prior, cond, method, state, frames), from a checkpoint where one is given."""
     device, dtype = settings["device"], settings["dtype"]
     try:
@@ -241,39 +268,41 @@ def set_up(settings, checkpoint=None):
         reason = str(error).split("\n")[0].split(" device type")[0][:90]
         raise UserError(f"--device {device} cannot be used here: {reason}") from error
     prior = Prior.from_pretrained(settings["model"], device, dtype and getattr(torch, dtype))
-    unknown = sorted({w for p in settings["prompt"] for w in prior.unknown_words(p)})
+    unknown = sorted({w for p in program.prompts(settings) for w in prior.unknown_words(p)})
     if unknown:
-        print(f"asd.py: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
-    method = Method(**{key: settings[key] for key in Method.__dataclass_fields__})
+        print(f"{program.name}: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
+    method = program.row(**{key: settings[key] for key in program.row.__dataclass_fields__})
     rng = torch.Generator().manual_seed(settings["seed"])
-    init = None if checkpoint else settings["init"]
-    init = init and read_image(init, prior.image_size)
-    count = len(settings["prompt"]) * settings["particles"]
-    generator = (Pixels if settings["pixels"] else Latents)(prior, count, rng, init)
-    cond = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
     try:
-        phi = make_phi(method.phi, prior, settings["prompt"][0], settings["rank"],
-                       settings["tokens"], settings["checkpointing"], settings["seed"])
+        generator, cond, phi, second = program.build(settings, prior, method, rng, folder,
+                                                     checkpoint is None)
     except ValueError as error:
         raise UserError(error) from error
-    state = State(generator, phi, method, rng)
+    state = State(generator, phi, method, rng, second)
     frames = load_checkpoint(checkpoint, state) if checkpoint else {}
     return prior, cond, method, state, frames
 
 
-def run(settings, folder, resumed):
+def phi_of(settings, prior, method, prompt):
+    """φ as the settings describe it; ValueError where they cannot be had."""
+    return make_phi(method.phi, prior, prompt, settings["rank"], settings["tokens"],
+                    settings["checkpointing"], settings["seed"])
+
+
+def run(program, settings, folder, resumed):
     """One run of the command line, from its settings to its pictures."""
     from tqdm import tqdm
     checkpoint, metrics = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
     # a run that was stopped before its first checkpoint starts anew
     going_on = checkpoint if resumed and checkpoint.exists() else None
-    prior, cond, method, state, frames = set_up(settings, going_on)
+    prior, cond, method, state, frames = set_up(program, settings, folder, going_on)
     folder.mkdir(parents=True, exist_ok=True)
     lines = metrics.read_text("utf-8").splitlines() if going_on and metrics.exists() else []
     write_text(metrics, "".join(line + "\n" for line in lines[:state.step]))
     write_text(folder / "config.json", json.dumps(
-        {"settings": settings, "torch": torch.__version__, "python": platform.python_version(),
-         "device": str(prior.device), "dtype": str(prior.dtype)}, indent=1, ensure_ascii=False))
+        {"program": program.name, "settings": settings, "torch": torch.__version__,
+         "python": platform.python_version(), "device": str(prior.device),
+         "dtype": str(prior.dtype)}, indent=1, ensure_ascii=False))
     film = {round(i * method.steps / 9) for i in range(10)}
 
     def record(state, terms):
@@ -283,6 +312,7 @@ def run(settings, folder, resumed):
             images = state.generator.images()
             row |= picture_measures(images)
             if state.step in film:
+                row |= program.measure(settings, prior, state, images)
                 frames[state.step] = (images[:4] * 255).round().byte().cpu()
         log.write(json.dumps(row) + "\n")
         log.flush()
@@ -297,29 +327,69 @@ def run(settings, folder, resumed):
             metrics.open("a") as log:
         distill(prior, state.generator, cond, method, state=state, callback=record,
                 micro_batch=settings["micro_batch"])
-    final = (state.generator.images() * 255).round().byte().cpu()
-    write_grid(folder / "final.png", final, math.ceil(math.sqrt(len(final))))
-    film = torch.stack([frames[step] for step in sorted(frames)], 1).flatten(0, 1)
-    write_grid(folder / "progress.png", film, len(frames), 128)
+    strip = torch.stack([frames[step] for step in sorted(frames)], 1).flatten(0, 1)
+    write_grid(folder / "progress.png", strip, len(frames), 128)
     state.phi.save(folder / "phi")
     if prior.device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
-    print(folder / "final.png")
+    print(program.finish(folder, settings, prior, state, frames))
 
 
-def main(argv=None):
-    folder = None
+def main(argv=None, program=None):
+    """The command line of `program` (default: asd.py's). -> exit status."""
+    program, folder = program or ASD, None
+    name = program.name
     try:
-        settings, folder, resumed = read_settings(vars(make_parser().parse_args(argv)))
-        run(settings, folder, resumed)
+        settings, folder, resumed = read_settings(vars(make_parser(program).parse_args(argv)),
+                                                  program)
+        run(program, settings, folder, resumed)
     except (UserError, FloatingPointError, OSError) as mistake:
-        print(f"asd.py: {str(mistake) or type(mistake).__name__}", file=sys.stderr)
+        print(f"{name}: {str(mistake) or type(mistake).__name__}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("asd.py: out of GPU memory: try --micro-batch 1, --checkpointing or --share-noise",
+        print(f"{name}: out of GPU memory: try --micro-batch 1, --checkpointing or --share-noise",
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nasd.py: stopped; go on with --resume {folder}", file=sys.stderr)
+        print(f"\n{name}: stopped; go on with --resume {folder}", file=sys.stderr)
         return 130
     return 0
+
+
+# ---------------------------------------------------------------------------------- asd.py's own
+def asd_flags(add):
+    add("--prompt", action="append", metavar="TEXT", help="what to make; repeat for several")
+    add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
+    add("--init", metavar="PNG", help="start from this picture, not from noise")
+    add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
+
+
+def check_prompts(settings):
+    prompts = settings.get("prompt") or []
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
+
+
+def asd_build(settings, prior, method, rng, folder, anew):
+    """Latents or Pixels for every prompt and particle, and φ."""
+    init = read_image(settings["init"], prior.image_size) if anew and settings["init"] else None
+    count = len(settings["prompt"]) * settings["particles"]
+    generator = (Pixels if settings["pixels"] else Latents)(prior, count, rng, init)
+    cond = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
+    return generator, cond, phi_of(settings, prior, method, settings["prompt"][0]), None
+
+
+def asd_finish(folder, settings, prior, state, frames):
+    """final.png, the particles in a grid."""
+    final = (state.generator.images() * 255).round().byte().cpu()
+    write_grid(folder / "final.png", final, math.ceil(math.sqrt(len(final))))
+    return folder / "final.png"
+
+
+ASD = Program(
+    name="asd.py", about="Optimise pictures until they look, to a frozen text-to-image diffusion "
+    "model, like the prompt (Adversarial Score Distillation).",
+    methods=lambda: METHODS, add_flags=asd_flags,
+    defaults={"particles": 1, "init": None, "pixels": False},
+    prompts=lambda settings: settings["prompt"], check=check_prompts, build=asd_build,
+    finish=asd_finish, measure=lambda settings, prior, state, images: {})

@@ -787,7 +787,8 @@ def test_phi_learns_from_all_particles(prior):
         phi = scramble(LoRAPhi(prior))
         alone = State(state.generator, phi, method, rng())
         y = cond.expand(len(x0[part]), -1, -1)
-        asd.discriminator_step(prior, alone, method, x0[part], y, null, (t[part], eps[part]))
+        asd.discriminator_step(prior, alone, method, asd.Discriminator(phi, y), x0[part], null,
+                               (t[part], eps[part]))
         grads.append(torch.cat([p.grad.flatten() for p in trainable(phi).values()]))
     torch.testing.assert_close(grads[0], sum(grads[1:]) / 3, rtol=1e-3, atol=1e-4)
 
@@ -879,7 +880,7 @@ def test_prompt_of_the_generator_replaces_the_loops(prior, name):
 def test_one_view_in_ten_is_learnt_without_its_camera(prior, share_noise):
     phi, seen = LoRAPhi(prior, camera=16), []
     forward = phi.forward
-    phi.forward = lambda *args: seen.append(args[-1]) or forward(*args)
+    phi.forward = lambda *args: seen.append(args[4]) or forward(*args)
     camera = torch.randn(100, 16, generator=rng())
     go(prior, method_of(steps=1, share_noise=share_noise), phi=phi,
        generator=Views(prior, prior.encode_text([PROMPT]), camera))

@@ -423,7 +423,7 @@ def test_mistake_is_one_line(cli, flags, parts):
 
 @pytest.mark.parametrize("gamma", ["-1", "-.5", "-1e-2", "-2.5E+0"])
 def test_negative_numbers_are_read_in_any_notation(gamma):
-    assert runs.make_parser().parse_args(["--gamma", gamma]).gamma == float(gamma)
+    assert runs.make_parser(runs.ASD).parse_args(["--gamma", gamma]).gamma == float(gamma)
 
 
 def test_no_prompt_is_one_line(cli, capsys):

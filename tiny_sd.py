@@ -531,6 +531,7 @@ def train_unet(args, vae):
     ids = torch.stack([tokenize(tokenizer, [row["captions"][k] for row in rows]) for k in (0, 1)])
     ids, null = ids.to(args.device), tokenize(tokenizer, [""]).to(args.device)
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
+    forward = torch.compile(unet.to(memory_format=torch.channels_last)) if args.compile else unet
     weight = torch.tensor([0.2 if row["style"] == "solid" else 1.0 for row in rows])
 
     def loss_function():
@@ -542,7 +543,7 @@ def train_unet(args, vae):
         eps = torch.randn_like(x0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         x_t = scheduler.add_noise(x0, eps, t)
-        predicted = unet(x_t, t, text_encoder(tokens).last_hidden_state).sample.float()
+        predicted = forward(x_t, t, text_encoder(tokens).last_hidden_state).sample.float()
         error = (predicted - eps).square().mean((1, 2, 3))
         loss = (error * snr.clamp(max=5) / snr).mean()
         return loss, {"loss": loss.detach(), "mse": error.mean().detach()}
@@ -795,6 +796,7 @@ def parse(argv):
     p.add_argument("--minutes", type=float, default=120, help="in all; with --only, of that part")
     p.add_argument("--only", choices=["vae", "decoder", "unet", "clip"])
     p.add_argument("--batch", type=int, default=64, help="pictures per step of the UNet")
+    p.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     p = commands.add_parser("evaluate", help="print the numbers of the model cards")
     p = commands.add_parser("sample", help="text-to-image; without prompts the contact sheet")
     p.add_argument("prompt", nargs="*")
