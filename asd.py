@@ -362,16 +362,29 @@ class NoisePhi(nn.Module):
         """Nothing to keep."""
 
 
-def make_phi(kind, prior, prompt="", rank=4, tokens=4, checkpointing=False, seed=0):
-    """kind: "noise", or from phi.py "lora" or "embedding" -> φ. ValueError for another kind."""
+def make_phi(kind, prior, prompt="", rank=4, tokens=4, checkpointing=False, seed=0, **words):
+    """kind: "noise"; from phi.py "lora" or "embedding"; or one of variants.PHIS -> φ.
+
+    prompt: one, or a list of all that the run can ask. words: what the φ of variants.py are told
+    (lam, gamma, steps, negative, …). ValueError for another kind.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if kind == "noise":
         return NoisePhi()
-    import phi
-    if kind == "lora":
-        return phi.LoRAPhi(prior, rank, checkpointing=checkpointing, seed=seed)
-    if kind == "embedding":
-        return phi.EmbeddingPhi(prior, prompt, tokens)
-    raise ValueError(f"unknown phi {kind!r}: choose noise, lora or embedding")
+    if kind in ("lora", "embedding"):
+        import phi
+        return phi.EmbeddingPhi(prior, prompts[0], tokens) if kind == "embedding" else \
+            phi.LoRAPhi(prior, rank, checkpointing=checkpointing, seed=seed)
+    try:
+        import variants
+    except ImportError:                       # this file may have been copied without it
+        known = {}
+    else:
+        known = variants.PHIS
+    if kind not in known:
+        raise ValueError(f"unknown phi {kind!r}: choose noise, lora or embedding"
+                         + "".join(f", {name}" for name in known))
+    return variants.make_phi(kind, prior, prompts, **words)
 
 
 # ----------------------------------------------------------------- generators: what is optimised
@@ -421,7 +434,7 @@ class Pixels(Latents):
 @dataclass(frozen=True)
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it."""
-    phi: str = "lora"             # noise, lora or embedding
+    phi: str = "lora"             # noise, lora, embedding, or one of variants.PHIS
     lam: float = 7.5              # λ, guidance of Eq. 7
     gamma: float = -1.0           # γ of Eq. 10; 0 is VSD
     omega: str = "sigma2"         # ω(t), a name of OMEGAS
@@ -436,6 +449,7 @@ class Method:
     phi_steps: int = 1            # φ's updates per update of θ
     phi_first: bool = False       # φ before θ ("lookahead"): overfits a single particle
     share_noise: bool = False     # Algorithm 1 as printed: θ and φ learn from the same t and ε
+    fixed_noise: bool = False     # θ sees one ε throughout, t is still drawn (LMC-SDS's trick)
 
 
 METHODS = {
@@ -452,8 +466,9 @@ class Discriminator:
 
     cond   y [1 or B, L, C].
     gamma  of Eq. 10; with eta of Eq. 9, where there are real samples.
-    real   x0 of real samples [1 or B, C, H, W]; None: there are none, Eq. 10.
-    seen   x0 that the generator's gradient judges [1 or B, C, H, W]; None: the generator's samples.
+    real   x0 of real samples [1 or B, C, H, W], or a function that returns it; None: there are
+           none, Eq. 10.
+    seen   x0 that the generator's gradient judges, likewise; None: the generator's samples.
     """
     phi: nn.Module
     cond: torch.Tensor
@@ -473,6 +488,7 @@ class State:
         # rng lives on the CPU whatever the device: the same seed draws the same noise everywhere
         self.generator, self.phi, self.rng, self.step = generator, phi, rng, 0
         self.second = second
+        self.eps = None               # that of the first step, where the method keeps it fixed
         phis = [phi] if second is None else [phi, second.phi]
         phi_parameters = [p for module in phis for p in module.parameters() if p.requires_grad]
         groups = getattr(generator, "parameter_groups", None)         # rates of its own, in 3D
@@ -492,7 +508,7 @@ class State:
 
     def tensors(self):
         """{name: tensor}: everything but the step; the parameters are the living ones."""
-        named = {"rng": self.rng.get_state()}
+        named = {"rng": self.rng.get_state()} | ({} if self.eps is None else {"eps": self.eps})
         for name, tensor, optimizer in self.parts():
             named[name] = tensor.detach()
             moments = optimizer.state.get(tensor, {}) if optimizer else {}
@@ -511,7 +527,7 @@ class State:
                            for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[tensor] = moments | {"step": named[f"{name}.step"].clone()}
         self.rng.set_state(named["rng"])
-        self.step = step
+        self.step, self.eps = step, named.get("eps")
 
 
 def draw(rng, x0, lowest, highest):
@@ -548,8 +564,15 @@ def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch
                 eps_uncond=None, eps_y=None):
     """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
     def of(cond):
-        return in_parts(micro_batch, phi, x_t, t, cond, eps, camera, eps_uncond, eps_y)
+        size = None if getattr(phi, "whole", False) else micro_batch
+        return in_parts(size, phi, x_t, t, cond, eps, camera, eps_uncond, eps_y)
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
+
+
+def _pictures(given, x0):
+    """What a Discriminator was told to look at: a tensor, a function of no arguments, or x0."""
+    given = given() if callable(given) else given
+    return x0 if given is None else given.expand_as(x0)
 
 
 def discriminator_step(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None,
@@ -562,7 +585,7 @@ def discriminator_step(prior, state, method, d, x0, null, noise, camera=None, mi
     (t, eps), total = noise, 0.0
     coefficients, y = prior.alpha_sigma(t), d.cond.expand(len(x0), -1, -1)
     fake_t = add_noise(x0, eps, *coefficients)
-    real_t = None if d.real is None else add_noise(d.real.expand_as(x0), eps, *coefficients)
+    real_t = None if d.real is None else add_noise(_pictures(d.real, x0), eps, *coefficients)
     if eps_y is None and real_t is None and d.gamma != 0:
         eps_y, _ = predict_prior(prior, fake_t, t, y, null, 1, micro_batch)  # no guidance on ε_y
     state.opt_phi.zero_grad()
@@ -619,7 +642,7 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
     """
     t, eps = noise
     alpha_t, sigma_t = prior.alpha_sigma(t)
-    x_t = add_noise(x0 if d.seen is None else d.seen.expand_as(x0), eps, alpha_t, sigma_t)
+    x_t = add_noise(_pictures(d.seen, x0), eps, alpha_t, sigma_t)
     y, base = asked(d.phi, state.step, d.cond.expand(len(x0), -1, -1), null)
     # ε_∅ and ε_y without a graph
     eps_uncond, eps_y = predict_prior(prior, x_t, t, y, base, method.lam, micro_batch)
@@ -678,6 +701,9 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         early = state.step < method.t_late * method.steps
         bounds = method.t_min, method.t_max if early else method.t_max_late
         noise = draw(state.rng, x0, *(min(round(f * prior.steps), last) for f in bounds))
+        if method.fixed_noise:
+            state.eps = noise[1] if state.eps is None else state.eps.to(x0.device)
+            noise = noise[0], state.eps
         # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one
         look = functools.partial(judge, prior, state, method, x0=fake, null=null, noise=noise,
                                  camera=camera, micro_batch=micro_batch)

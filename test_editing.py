@@ -1,0 +1,365 @@
+"""Eq. 11 and image editing: on the exact prior, on a tiny random pipeline, and on tiny-sd/.
+
+    Eq. 11  editing_grad           test_eq11_is_the_gradient_of_two_discriminators, test_equation…
+    DDS     editing_grad           test_dds_is_eq11_with_the_added_noise
+    Eq. 9   second_discriminator   test_phi_z_fits_the_source_image, test_second_discriminator…
+"""
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import asd
+import editing
+import runs
+from conftest import cosine, fixed_mixture, mixtures, randn
+from test_asd import close, guidance, levels, mutants, noise, seeds, shapes, slope
+from test_distill import folders, go, load, prior, rng, scramble, trainable  # noqa: F401
+from test_runs import checkpoint, contents, load_once, metrics, model  # noqa: F401
+
+HERE = Path(asd.__file__).resolve().parent
+PROMPTS = ["--source", "a red apple", "--target", "a blue fox"]
+
+
+# ----------------------------------------------------------------------------------- the equation
+def two_discriminators(mixture, t, seed, lam, apart):
+    """Eq. 11 by autograd on exact densities, and what editing_grad is given for it.
+
+    Classes: 0 is y and 1 is z; φ_y and φ_z are 2 and 1 (any class will do). apart: the second
+    discriminator sees other pictures (the source image), else the same x_t.
+    """
+    alpha_t, sigma_t = cosine(t)
+    g = torch.Generator().manual_seed(seed)
+    x_t = (alpha_t * mixture.sample(5, y=0, generator=g)
+           + sigma_t * randn(5, mixture.means.shape[1], generator=g))
+    x_s = x_t + randn(*x_t.shape, generator=g) if apart else x_t.clone()
+    slopes, said = [], []
+    for x, y, phi in ((x_t, 0, 2), (x_s, 1, 1)):
+        x = x.requires_grad_()
+        bound = mixture.log_posterior(phi, x, alpha_t, sigma_t) \
+            - lam * mixture.log_posterior(y, x, alpha_t, sigma_t)
+        slopes.append(sigma_t * slope(bound, x))
+        said.append([mixture.eps(x.detach(), alpha_t, sigma_t, c) for c in (None, y, phi)])
+    return slopes[0] - slopes[1], said
+
+
+def check_eq11(function, mixture=None, t=0.4, seed=0, lam=7.5):
+    for apart in (False, True):
+        expected, (target, source) = two_discriminators(mixture or fixed_mixture(), t, seed, lam,
+                                                        apart)
+        close(function(target, source, lam), expected)
+        close(function(target, source, lam, 0.3), 0.3 * expected)
+
+
+@given(mixtures(), levels, seeds, guidance)
+def test_eq11_is_the_gradient_of_two_discriminators(mixture, t, seed, lam):
+    """∇[log p(φ_y|x) − λ log p(y|x)] − ∇[log p(φ_z|x) − λ log p(z|x)], times σ_t."""
+    check_eq11(editing.editing_grad, mixture, t, seed, lam)
+
+
+def test_every_wrong_sign_is_noticed():
+    same, *wrong = mutants(editing.editing_grad)
+    check_eq11(same[1])
+    assert wrong
+    for line, function in wrong:
+        with pytest.raises(AssertionError):
+            check_eq11(function)
+            pytest.fail(f"not noticed: {line}")
+
+
+@given(seeds, shapes, guidance)
+def test_eps_uncond_cancels_at_one_x_t(seed, shape, lam):
+    """At the same x_t Eq. 11 is λ(ε_y − ε_z) − (ε_φy − ε_φz)."""
+    uncond, other, y, z, phi_y, phi_z = noise(seed, shape, 6)
+    grad = editing.editing_grad((uncond, y, phi_y), (uncond, z, phi_z), lam)
+    close(grad, lam * (y - z) - (phi_y - phi_z))
+    close(grad, editing.editing_grad((other, y, phi_y), (other, z, phi_z), lam))
+
+
+@given(seeds, shapes, guidance)
+def test_dds_is_eq11_with_the_added_noise(seed, shape, lam):
+    """DDS: the guided prediction at the noised edit minus that at the noised source image."""
+    eps, uncond_t, uncond_s, y, z = noise(seed, shape, 5)
+    dds = (uncond_t + lam * (y - uncond_t)) - (uncond_s + lam * (z - uncond_s))
+    close(editing.editing_grad((uncond_t, y, eps), (uncond_s, z, eps), lam), dds)
+
+
+@given(seeds, shapes, guidance)
+def test_the_same_twice_is_zero_and_swapping_flips(seed, shape, lam):
+    """Swapping (y, z), (φ_y, φ_z) and the pictures flips the sign; equal ones leave nothing."""
+    one, two = noise(seed, shape, 3), noise(seed + 1, shape, 3)
+    assert (editing.editing_grad(one, one, lam) == 0).all()
+    close(editing.editing_grad(one, two, lam), -editing.editing_grad(two, one, lam))
+
+
+# ------------------------------------------------------------------------- the loop, tiny pipeline
+def edit(prior, name="asd", steps=1, image=0, same_prompt=False, **changes):     # noqa: F811
+    """A short edit -> (state, rows, source latents)."""
+    method = replace(editing.METHODS[name], steps=steps, **changes)
+    y, z = prior.encode_text(["a blue fox", "a red apple"]).split(1)
+    source = torch.randn(1, *prior.shape, generator=rng(image))
+    random = rng(5)
+    generator = asd.Latents(prior, 1, random)
+    with torch.no_grad():
+        generator.theta.copy_(source)
+    phis = [asd.make_phi(method.phi, prior, "a red apple", seed=seed) for seed in (0, 1)]
+    second = editing.second_discriminator(method, phis[1], z if not same_prompt else y, source)
+    state, rows = asd.State(generator, phis[0], method, random, second), []
+    asd.distill(prior, generator, y, method, state=state,
+                callback=lambda state, terms: rows.append(terms))
+    return state, rows, source
+
+
+@pytest.mark.parametrize("name", ["asd", "asd-edit", "asd-10", "dds", "sds"])
+def test_the_loop_is_eq11(prior, name, monkeypatch):                             # noqa: F811
+    """The gradient that reaches θ, recomputed around the networks; the source image is noised."""
+    seen = {}
+    draw = asd.draw
+
+    def first_draw(random, x0, lowest, highest):
+        out = draw(random, x0, lowest, highest)
+        seen.setdefault("noise", out)
+        return out
+
+    monkeypatch.setattr(asd, "draw", first_draw)
+    state, _, source = edit(prior, name, lr=0.0)
+    method = editing.METHODS[name]
+    t, eps = seen["noise"]
+    alpha_t, sigma_t = prior.alpha_sigma(t)
+    y, z, null = prior.encode_text(["a blue fox", "a red apple", ""]).split(1)
+    x_t = asd.add_noise(source, eps, alpha_t, sigma_t)                 # the edit is the source yet
+    with torch.no_grad():
+        e = {key: prior.eps(x_t, t, cond) for key, cond in (("y", y), ("z", z), ("0", null))}
+    lora = method.phi == "lora"                # at the first step a LoRA says what the prior says
+    omega = asd.OMEGAS[method.omega](alpha_t, sigma_t)
+    target = (e["0"], e["y"], e["y"] if lora else eps)
+    expected = asd.generator_grad(*target, method.lam, omega)
+    if name != "sds":
+        expected = editing.editing_grad(target, (e["0"], e["z"], e["z"] if lora else eps),
+                                        method.lam, omega)
+    torch.testing.assert_close(state.generator.theta.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["asd", "asd-10", "dds"])
+def test_identical_prompts_and_image_give_no_gradient(prior, name):              # noqa: F811
+    state, _, source = edit(prior, name, same_prompt=True)
+    assert (state.generator.theta.grad.abs() < 1e-5).all()
+
+
+def test_second_discriminator_sees_the_source_image(prior, monkeypatch):         # noqa: F811
+    """Not the edit: with both φ the added noise, moving the edit changes the first half alone."""
+    seen = []
+    monkeypatch.setattr(prior, "eps_of", lambda unet, x_t, t, cond, **kw: (
+        seen.append(x_t.clone()), torch.zeros_like(x_t))[1])
+    edit(prior, "dds", steps=2, lr=1.0)
+    # the calls: target and source of step 1, target and source of step 2
+    assert len(seen) == 4
+    assert torch.equal(seen[0], seen[1])
+
+    monkeypatch.undo()
+    moved, seen = [], []
+    eps_of = prior.eps_of
+    monkeypatch.setattr(prior, "eps_of", lambda unet, x_t, t, cond, **kw: (
+        seen.append(x_t.clone()), eps_of(unet, x_t, t, cond, **kw))[1])
+    state, _, source = edit(prior, "dds", steps=2, lr=1.0)
+    moved = state.generator.theta.detach() - source
+    assert moved.abs().max() > 0.5 and not torch.allclose(seen[2], seen[3])
+
+
+def test_phi_z_fits_the_source_image(prior):                                     # noqa: F811
+    """η = 0, γ = 1: its loss is 2‖ε_φz − ε‖² at the noised source image, and falls there."""
+    method = replace(editing.METHODS["asd"], phi_lr=1e-2)
+    y, z, null = prior.encode_text(["a blue fox", "a red apple", ""]).split(1)
+    source, random = torch.randn(1, *prior.shape, generator=rng(3)), rng(0)
+    generator, phi_z = asd.Latents(prior, 1, random), asd.make_phi("lora", prior)
+    d = editing.second_discriminator(method, phi_z, z, source)
+    state = asd.State(generator, asd.make_phi("lora", prior), method, random, d)
+    t, eps = torch.tensor([300]), torch.randn(1, *prior.shape, generator=rng(4))
+    x_s = asd.add_noise(source, eps, *prior.alpha_sigma(t))
+    with torch.no_grad():
+        expected = 2 * (prior.eps(x_s, t, z) - eps).square().sum()
+    losses = [asd.discriminator_step(prior, state, method, d, generator().detach(), null, (t, eps))
+              for _ in range(5)]
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses[-1] < losses[0]
+    assert not any(p.grad is not None for p in trainable(state.phi).values())
+
+
+def test_the_other_readings_learn_on_the_edit(prior):                            # noqa: F811
+    source = torch.zeros(1, *prior.shape)
+    z = prior.encode_text(["a red apple"])
+    row = editing.METHODS["asd"]
+    for name, gamma in (("edit", 0.0), ("text", row.gamma)):
+        d = editing.second_discriminator(replace(row, phi_z=name), asd.NoisePhi(), z, source)
+        assert d.real is None and d.gamma == gamma and torch.equal(d.seen, source)
+    assert editing.second_discriminator(replace(row, phi_z="none"), None, z, source) is None
+    with pytest.raises(ValueError, match="phi_z"):
+        editing.second_discriminator(replace(row, phi_z="sideways"), None, z, source)
+
+
+def test_both_phi_learn_and_the_prior_does_not(prior):                           # noqa: F811
+    before = {k: v.clone() for k, v in prior.unet.state_dict().items()}
+    state, rows, _ = edit(prior, "asd", steps=3)
+    for phi in (state.phi, state.second.phi):
+        fresh = asd.make_phi("lora", prior, seed=0 if phi is state.phi else 1)
+        old = trainable(fresh)
+        assert all(not torch.equal(p, old[name]) for name, p in trainable(phi).items())
+    assert all(torch.equal(v, before[k]) for k, v in prior.unet.state_dict().items())
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@given(st.sampled_from([(0.0, 1.0), (0.5, -1.0), (0.3, 2.0), (1.0, 1.0)]), seeds)
+def test_eq9_in_the_loop_is_eq9(eta_gamma, seed):
+    """discriminator_step against Eq. 9 in full: the terms it leaves out have no φ."""
+    eta, gamma = eta_gamma
+    eps, fake_y, real_y, x0, real = noise(seed, (2, 3, 4, 4), 5)
+    weight = torch.nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    phi = torch.nn.Module()
+    phi.weight = weight
+    phi.forward = lambda x_t, t, cond, eps, *rest: weight * x_t + 0.1
+    prior_ = SimpleNamespace(alpha_sigma=lambda t: (0.8, 0.6))
+    state = SimpleNamespace(step=0, opt_phi=torch.optim.SGD([weight], lr=0.0))
+    d = asd.Discriminator(phi, torch.zeros(1, 1, 1), gamma, eta, real=real)
+    method = SimpleNamespace(lam_phi=1)
+    asd.discriminator_step(prior_, state, method, d, x0, None, (torch.tensor([1, 2]), eps))
+    got, weight.grad = weight.grad.clone(), None
+    fake_phi, real_phi = (phi.forward(asd.add_noise(x, eps, 0.8, 0.6), 0, 0, eps)
+                          for x in (x0, real))
+    asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta, gamma).backward()
+    close(got, weight.grad)
+
+
+# ---------------------------------------------------------------------------- masks and networks
+def test_outside_the_mask_nothing_changes(prior):                                # noqa: F811
+    image = torch.rand(1, 3, *prior.image_size, generator=rng())
+    mask = torch.zeros(1, 1, *prior.image_size)
+    mask[..., :8] = 1
+    generator = editing.Masked(asd.Latents(prior, 1, rng(), image), prior, image, mask)
+    with torch.no_grad():
+        generator.generator.theta += 1
+    assert torch.equal(generator.images()[..., 8:], image[..., 8:])
+    assert not torch.allclose(generator.images()[..., :8], image[..., :8])
+    generator().sum().backward()
+    grad = generator.generator.theta.grad
+    assert (grad[..., :4] == 1).all() and (grad[..., 4:] == 0).all()
+
+
+def test_a_network_starts_as_the_identity_and_draws_its_sources(prior):          # noqa: F811
+    sources = torch.randn(6, *prior.shape, generator=rng())
+    net = editing.Translator(prior, sources, batch=3, rng=rng(1))
+    x0 = net()
+    assert x0.shape == (3, *prior.shape) and torch.equal(x0, net.source)
+    assert all(any(torch.equal(x, s) for s in sources) for x in net.source)
+    assert torch.equal(net.images(), net.shown())
+    x0.square().sum().backward()
+    assert net.net.conv_out.weight.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------- the command line
+@pytest.fixture
+def cli(model, tmp_path, monkeypatch, capsys):                                   # noqa: F811
+    """cli(*flags) -> (status, stdout, stderr) of a short edit of a.png by the tiny model."""
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.rand(16, 16, 3, generator=rng()).mul(255).byte().numpy()
+    Image.fromarray(pixels).save("a.png")
+
+    def call(*flags):
+        flags = [str(flag) for flag in flags]
+        if "--resume" not in flags and "--apply" not in flags:
+            flags = ["--model", model, *PROMPTS, "--steps", "3", "--out", "run", "--device", "cpu",
+                     *([] if "--network" in flags else ["--image", "a.png"]), *flags]
+        try:
+            status = editing.main(flags)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return call
+
+
+def one_line(result, part):
+    status, out, err = result
+    lines = [line for line in err.splitlines() if line]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("editing.py: "), err[-900:]
+    assert part in lines[0] and out == ""
+
+
+@pytest.mark.parametrize("name", ["asd", "asd-edit", "asd-10", "dds", "sds", "vsd"])
+def test_an_edit_leaves_its_files(cli, name):
+    status, out, _ = cli("--method", name)
+    assert status == 0 and out.strip().endswith("before_after.png")
+    found = contents("run")
+    for file in ("edited.png", "before_after.png", "progress.png", "metrics.jsonl", "config.json"):
+        assert found[file]
+    rows = metrics("run")
+    assert len(rows) == 3 and {"psnr", "clip_distance", "clip_target"} <= rows[-1].keys()
+
+
+def test_the_edit_begins_at_the_picture(cli):
+    assert cli("--lr", 0, "--method", "dds", "--pixels")[0] == 0
+    before = runs.read_image("a.png", (16, 16))
+    assert torch.equal(checkpoint("run")["theta.0"], before)
+    assert metrics("run")[-1]["psnr"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("flags", [[], ["--network"], ["--mask", "m.png"]])
+def test_resumed_edit_is_the_same(cli, flags, tmp_path):
+    """Even though the picture itself is gone by then."""
+    Image.new("L", (16, 16), 255).save("m.png")
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (80 * i, 40, 90)).save(f"pictures/{i}.png")
+    if flags == ["--network"]:
+        flags = ["--network", "--image", "pictures"]
+    assert cli(*flags, "--steps", 4)[0] == 0
+    assert cli(*flags, "--steps", 2, "--out", "half")[0] == 0
+    for path in [*(tmp_path / "pictures").iterdir(), tmp_path / "a.png"]:
+        path.unlink()
+    assert cli("--resume", "half", "--steps", 4)[0] == 0
+    one, two = checkpoint("run"), checkpoint("half")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one if not k.startswith("frame"))
+    assert contents("run")["edited.png"] == contents("half")["edited.png"]
+
+
+def test_a_network_is_saved_and_applied(cli, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (20, 20), "teal").save("pictures/0.png")
+    assert cli("--network", "--image", "pictures", "--method", "dds")[0] == 0
+    assert (tmp_path / "run/network/diffusion_pytorch_model.safetensors").exists()
+    status, out, _ = cli("--apply", "run", "--image", "a.png")
+    assert status == 0 and "ms per picture" in out and (tmp_path / "run/applied.png").exists()
+    one_line(cli("--apply", "run"), "--image")
+    one_line(cli("--apply", "pictures", "--image", "a.png"), "no trained network")
+
+
+def test_mistakes_are_one_line(cli, tmp_path):
+    Path("broken.png").write_bytes(b"no picture")
+    Image.new("L", (8, 8), 255).save("small.png")
+    one_line(cli("--image", "missing.png"), "missing.png")
+    one_line(cli("--image", "broken.png"), "broken.png")
+    one_line(cli("--mask", "small.png"), "must agree")
+    one_line(cli("--mask", "missing.png"), "missing.png")
+    one_line(cli("--source", " "), "--source")
+    one_line(cli("--target", ""), "--target")
+    one_line(cli("--network", "--image", "a.png"), "folder")
+    one_line(cli("--network", "--mask", "a.png"), "--mask")
+    one_line(cli("--method", "nonsense"), "dds")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("mode, size", [("RGBA", (30, 20)), ("L", (1, 1)), ("RGB", (3000, 2000))])
+def test_pictures_of_every_kind_are_edited(cli, mode, size):
+    Image.new(mode, size).save("a.png")
+    assert cli("--method", "dds", "--steps", 1)[0] == 0
+
+
+def test_a_run_of_another_program_is_not_resumed(cli, capsys):
+    assert cli("--method", "dds", "--steps", 1)[0] == 0
+    assert runs.main(["--resume", "run"]) == 2
+    assert "editing.py" in capsys.readouterr().err
