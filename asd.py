@@ -442,7 +442,8 @@ class Method:
     t_max: float = 0.98
     t_max_late: float = 0.98      # the same after t_late of the steps (3D: 0.5 after a fifth)
     t_late: float = 1.0
-    lr: float = 0.03              # Adam for θ
+    lr: float = 0.03              # for θ
+    optimizer: str = "adam"       # of θ, a name of OPTIMIZERS
     phi_lr: float = 1e-3          # AdamW for φ, no weight decay
     lam_phi: float = 1.0          # guidance inside φ
     steps: int = 300
@@ -451,6 +452,8 @@ class Method:
     share_noise: bool = False     # Algorithm 1 as printed: θ and φ learn from the same t and ε
     fixed_noise: bool = False     # θ sees one ε throughout, t is still drawn (LMC-SDS's trick)
 
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 METHODS = {
     "sds": Method(phi="noise"),
@@ -493,7 +496,7 @@ class State:
         phi_parameters = [p for module in phis for p in module.parameters() if p.requires_grad]
         groups = getattr(generator, "parameter_groups", None)         # rates of its own, in 3D
         theta = groups(method.lr) if groups else generator.parameters()
-        self.opt_theta = torch.optim.Adam(theta, method.lr)
+        self.opt_theta = OPTIMIZERS[method.optimizer](theta, method.lr)
         self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0) \
             if phi_parameters else None
 
@@ -512,7 +515,7 @@ class State:
         for name, tensor, optimizer in self.parts():
             named[name] = tensor.detach()
             moments = optimizer.state.get(tensor, {}) if optimizer else {}
-            named |= {f"{name}.{key}": value for key, value in moments.items()}
+            named |= {f"{name}.{key}": x for key, x in moments.items() if x is not None}
         return named
 
     def load_tensors(self, named, step):
@@ -689,7 +692,8 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     """
     method = METHODS[method] if isinstance(method, str) else method
     if state is None:
-        phi = phi or make_phi(method.phi, prior, seed=seed)
+        phi = phi or make_phi(method.phi, prior, seed=seed, lam=method.lam, gamma=method.gamma,
+                              steps=method.steps)
         state = State(generator, phi, method, torch.Generator().manual_seed(seed), second)
     null, last = prior.encode_text([""]), prior.steps - 1
     while state.step < method.steps:

@@ -12,6 +12,7 @@ resumed; on the CPU the resumed run ends in the same bits. A user's mistake is o
 status 2.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import torch
 from asd import (
     METHODS,
     OMEGAS,
+    OPTIMIZERS,
     Latents,
     Method,
     Pixels,
@@ -63,6 +65,15 @@ def number(kind, low=-math.inf, high=math.inf):
     return convert
 
 
+def all_methods():
+    """asd.METHODS, and where variants.py is beside it, its rows."""
+    try:
+        from variants import METHODS as more
+    except ImportError:
+        more = {}
+    return METHODS | more
+
+
 @dataclass(frozen=True)
 class Program:
     """What one of the programs adds to what they share."""
@@ -86,12 +97,13 @@ def make_parser(program):
     add, some = p.add_argument, number(float)
     program.add_flags(add)
     add("--method", metavar="NAME", help=f"one of {', '.join(program.methods())} (default asd)")
-    add("--phi", choices=["noise", "lora", "embedding"], help="what predicts ε_φ")
+    add("--phi", choices=["noise", "lora", "embedding", "exact"], help="what predicts ε_φ")
     add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
     add("--lam", type=some, help="λ, guidance (default 7.5)")
     add("--gamma", type=some, help="γ of Eq. 10")
     add("--steps", type=number(int, 1), help="updates of θ")
-    add("--lr", type=number(float, 0, 1e30), help="Adam's learning rate for θ")
+    add("--lr", type=number(float, 0, 1e30), help="learning rate for θ")
+    add("--optimizer", choices=list(OPTIMIZERS), help="of θ (default adam; editing: sgd)")
     add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's learning rate for φ")
     add("--omega", choices=list(OMEGAS), help="ω(t) (default sigma2)")
     add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
@@ -102,8 +114,17 @@ def make_parser(program):
     add("--phi-steps", type=number(int, 1), help="updates of φ per update of θ (default 1)")
     add("--phi-first", action="store_const", const=True, help="update φ before θ")
     add("--share-noise", action="store_const", const=True, help="θ's t and ε for φ (Algorithm 1)")
+    add("--fixed-noise", action="store_const", const=True, help="one ε for θ throughout (LMC-SDS)")
     add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
     add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
+    add("--negative", metavar="TEXT", help="csd, nfsd: the negative prompt")
+    add("--source-words", metavar="TEXT", help="bridge: what the pictures are; {} is the prompt")
+    add("--target-words", metavar="TEXT", help="bridge: what is wanted of them; {} is the prompt")
+    add("--bridge-steps", type=number(int, 1), help="bridge: steps of its ODEs (default 1)")
+    add("--bridge-start", type=number(float, 0, 1), help="bridge: where it begins, a fraction of "
+        "the steps (default 0.5; with --source-words 0)")
+    add("--bandwidth", type=number(float, 0, 1e30), help="--phi exact: each particle's blur h")
+    add("--corrective", metavar="FILE", help="lmc: its network (default corrective.safetensors)")
     add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")
     add("--checkpointing", action="store_const", const=True, help="less memory for φ, more time")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of all randomness (default 0)")
@@ -117,7 +138,12 @@ def make_parser(program):
 
 DEFAULTS = {"method": "asd", "model": "tiny-sd", "rank": 4, "tokens": 4, "seed": 0,
             "save_every": 50, "checkpointing": False, "micro_batch": None, "device": None,
-            "dtype": None}
+            "dtype": None, "fixed_noise": False}
+# what only some φ are told (variants.py); None: the φ's own default
+WORDS = {"negative": ("csd", "nfsd"), "source_words": ("bridge",), "target_words": ("bridge",),
+         "bridge_steps": ("bridge",), "bridge_start": ("bridge",), "bandwidth": ("exact",),
+         "corrective": ("lmc",)}
+DEFAULTS |= dict.fromkeys(WORDS)
 MAY_CHANGE = {"steps", "device", "save_every", "micro_batch"}     # of a run that is resumed
 
 
@@ -140,6 +166,14 @@ def read_settings(given, program):
                         f"or --t-max-late {settings['t_max_late']}")
     if settings["phi"] == "noise" and method.phi != "noise":
         raise UserError(f"--phi noise is --method sds; {settings['method']} needs one to train")
+    if settings["phi"] != method.phi and method.phi not in ("noise", "lora", "embedding"):
+        raise UserError(f"--method {settings['method']} is its φ: drop --phi {settings['phi']}")
+    if settings["lam_phi"] != 1 and settings["phi"] not in ("lora", "embedding"):
+        raise UserError("--lam-phi is guidance inside a φ that is trained: drop it")
+    for word, kinds in WORDS.items():
+        if settings[word] is not None and settings["phi"] not in kinds:
+            flag, of = word.replace("_", "-"), "--phi" if kinds == ("exact",) else "--method"
+            raise UserError(f"--{flag} is for {of} {' or '.join(kinds)}")
     name = re.sub(r"[^a-z0-9]+", "-", program.prompts(settings)[0].lower()).strip("-")[:40]
     folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
     if out is None:                    # an earlier run of the same name is kept
@@ -231,6 +265,42 @@ def picture_measures(images):
             "sharpness": laplacian.abs().mean().item()}
 
 
+def distances(before, after, source, target):
+    """Pictures [B, 3, H, W] in [0, 1] -> {"psnr" to `before` in dB; "clip_distance", 1 − cosine of
+    the pictures in tiny-clip's features; "clip_target", "clip_source": cosines with the prompts}.
+    """
+    error = (after - before).square().mean((1, 2, 3)).clamp(min=1e-10)
+    numbers = {"psnr": (-10 * error.log10()).mean().item()}
+    features = clip_features([before, after], [source, target])
+    if features is None:
+        return numbers
+    a, b, (z, y) = features
+    return numbers | {"clip_distance": (1 - (a * b).sum(1)).mean().item(),
+                      "clip_target": (b @ y).mean().item(), "clip_source": (b @ z).mean().item()}
+
+
+@functools.cache
+def load_judge():
+    """tiny-clip, the small CLIP beside this file, and its tokenizer; None where they are not."""
+    try:
+        import tiny_sd
+        return tiny_sd.load_clip(Path(__file__).with_name("tiny-clip"), "cpu")
+    except (ImportError, UserError):
+        return None
+
+
+def clip_features(batches, texts):
+    """Batches of RGB [B, 3, H, W] in [0, 1] and T texts -> their unit vectors [B, 128], …, [T, 128]
+    in tiny-clip; None where it cannot be had."""
+    if load_judge() is None:
+        return None
+    import tiny_sd
+    clip, tokenizer = load_judge()
+    small = [torch.nn.functional.interpolate(x.cpu(), (64, 64), mode="area") for x in batches]
+    return *(tiny_sd.image_features(clip, x) for x in small), \
+        tiny_sd.text_features(clip, tokenizer, texts)
+
+
 def save_checkpoint(path, state, frames):
     """All that a run needs to go on, in one safetensors file."""
     from safetensors import SafetensorError
@@ -268,9 +338,6 @@ def set_up(program, settings, folder, checkpoint=None):
         reason = str(error).split("\n")[0].split(" device type")[0][:90]
         raise UserError(f"--device {device} cannot be used here: {reason}") from error
     prior = Prior.from_pretrained(settings["model"], device, dtype and getattr(torch, dtype))
-    unknown = sorted({w for p in program.prompts(settings) for w in prior.unknown_words(p)})
-    if unknown:
-        print(f"{program.name}: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
     method = program.row(**{key: settings[key] for key in program.row.__dataclass_fields__})
     rng = torch.Generator().manual_seed(settings["seed"])
     try:
@@ -278,15 +345,23 @@ def set_up(program, settings, folder, checkpoint=None):
                                                      checkpoint is None)
     except ValueError as error:
         raise UserError(error) from error
+    asked = [*program.prompts(settings), *getattr(phi, "texts", [])]
+    unknown = sorted({word for text in asked for word in prior.unknown_words(text)})
+    if unknown:
+        print(f"{program.name}: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
     state = State(generator, phi, method, rng, second)
     frames = load_checkpoint(checkpoint, state) if checkpoint else {}
     return prior, cond, method, state, frames
 
 
 def phi_of(settings, prior, method, prompt):
-    """φ as the settings describe it; ValueError where they cannot be had."""
+    """φ as the settings describe it; ValueError where they cannot be had.
+
+    prompt: a text, or the list of all that the run can ask.
+    """
     return make_phi(method.phi, prior, prompt, settings["rank"], settings["tokens"],
-                    settings["checkpointing"], settings["seed"])
+                    settings["checkpointing"], settings["seed"], lam=method.lam,
+                    gamma=method.gamma, steps=method.steps, **{w: settings[w] for w in WORDS})
 
 
 def run(program, settings, folder, resumed):
@@ -362,21 +437,27 @@ def asd_flags(add):
     add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
     add("--init", metavar="PNG", help="start from this picture, not from noise")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
+    add("--generator", choices=["latents", "network"], help="network: learn to make all at once")
 
 
 def check_prompts(settings):
     prompts = settings.get("prompt") or []
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
+    if settings["generator"] == "network" and (settings["init"] or settings["pixels"]):
+        raise UserError("--generator network makes latents of noise: drop --init and --pixels")
 
 
 def asd_build(settings, prior, method, rng, folder, anew):
-    """Latents or Pixels for every prompt and particle, and φ."""
+    """Latents or Pixels for every prompt and particle, or the network that makes them; and φ."""
     init = read_image(settings["init"], prior.image_size) if anew and settings["init"] else None
-    count = len(settings["prompt"]) * settings["particles"]
-    generator = (Pixels if settings["pixels"] else Latents)(prior, count, rng, init)
     cond = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
-    return generator, cond, phi_of(settings, prior, method, settings["prompt"][0]), None
+    if settings["generator"] == "network":
+        from variants import Network
+        generator = Network(prior, cond, rng)
+    else:
+        generator = (Pixels if settings["pixels"] else Latents)(prior, len(cond), rng, init)
+    return generator, cond, phi_of(settings, prior, method, settings["prompt"]), None
 
 
 def asd_finish(folder, settings, prior, state, frames):
@@ -389,7 +470,7 @@ def asd_finish(folder, settings, prior, state, frames):
 ASD = Program(
     name="asd.py", about="Optimise pictures until they look, to a frozen text-to-image diffusion "
     "model, like the prompt (Adversarial Score Distillation).",
-    methods=lambda: METHODS, add_flags=asd_flags,
-    defaults={"particles": 1, "init": None, "pixels": False},
+    methods=all_methods, add_flags=asd_flags,
+    defaults={"particles": 1, "init": None, "pixels": False, "generator": "latents"},
     prompts=lambda settings: settings["prompt"], check=check_prompts, build=asd_build,
     finish=asd_finish, measure=lambda settings, prior, state, images: {})

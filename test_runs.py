@@ -220,7 +220,8 @@ def test_settings_reach_the_loop(cli, monkeypatch):
     """Each flag of a method's row, φ's and the generator's."""
     seen = {}
     make_phi = runs.make_phi
-    monkeypatch.setattr(runs, "make_phi", lambda *args: seen.update(phi=args) or make_phi(*args))
+    monkeypatch.setattr(runs, "make_phi", lambda *args, **words: seen.update(phi=args, words=words)
+                        or make_phi(*args, **words))
     monkeypatch.setattr(runs, "distill", lambda *args, **kwargs: seen.update(args=args, **kwargs))
     flags = {"method": "vsd", "lam": 3.5, "gamma": -0.5, "omega": "1", "t_min": 0.1, "t_max": 0.9,
              "lr": 0.2, "phi_lr": 0.3, "lam_phi": 2.0, "phi_steps": 2, "steps": 11}
@@ -230,7 +231,8 @@ def test_settings_reach_the_loop(cli, monkeypatch):
     assert status == 0 and seen["micro_batch"] == 1 and isinstance(seen["args"][1], asd.Pixels)
     del flags["method"]
     assert seen["args"][3] == asd.Method(**flags, phi="lora", phi_first=True, share_noise=True)
-    assert seen["phi"][2:] == ("a red apple", 3, 2, True, 8)
+    assert seen["phi"][2:] == (["a red apple"], 3, 2, True, 8)
+    assert seen["words"] == {"lam": 3.5, "gamma": -0.5, "steps": 11} | dict.fromkeys(runs.WORDS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

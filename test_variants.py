@@ -1,0 +1,819 @@
+"""The neighbours: each row's gradient is its published form, written out by hand.
+
+    φ           claim                                    test
+    CSD         coefficient table, schedule              test_csd_…
+    NFSD        both sides of t = 200                    test_nfsd_…
+    Bridge      two stages; the ODEs' known ends         test_bridge_…
+    Corrective  SDS where b_k = x0; unbiased at data     test_lmc_…
+    Exact       E[ε | x_t]; λ_eff                        test_exact_…
+
+test_equation checks the pure functions, test_every_wrong_sign_is_noticed that the same check fails
+for each sign flipped in them. Oracles: tables, closed forms on the exact prior (a Gaussian mixture
+behind the interface of asd.Prior, float64), and test_distill.py's tiny random pipeline.
+"""
+import copy
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import asd
+import corrective
+import reproduce
+import runs
+import tiny_sd
+import variants
+from asd import Latents, NoisePhi, State, UserError
+from conftest import GaussianMixture, cosine, particle_eps, randn
+from corrective import Bias, save_bias
+from test_asd import close, mutants, noise, seeds, shapes
+from test_distill import (  # noqa: F401 (fixtures)
+    PROMPT,
+    counted,
+    folders,
+    load,
+    prior,
+    rng,
+    same,
+    tiny,
+)
+from test_runs import checkpoint, cli, contents, metrics, model, one_line  # noqa: F401 (fixtures)
+from variants import (
+    CSD,
+    CSD_SCHEDULES,
+    METHODS,
+    NFSD,
+    Bridge,
+    Corrective,
+    Exact,
+    Network,
+    ode_end,
+    one_step_x0,
+)
+
+HERE = Path(asd.__file__).resolve().parent
+guidance, gammas = st.floats(1.1, 100.0), st.floats(-0.9, 10.0)
+ROWS = {**METHODS, "exact": replace(asd.METHODS["vsd"], phi="exact")}
+
+
+# -------------------------------------------------------------------------------------- helpers
+class ExactPrior:
+    """A Gaussian mixture that answers like asd.Prior; a prompt's last word names its class."""
+
+    name, device = "exact", torch.device("cpu")
+
+    def __init__(self, mixture, shape=None, steps=1000, words=()):
+        self.mixture, self.steps, self.words = mixture, steps, ["", *words]
+        self.shape = shape or (mixture.means.shape[1], 1, 1)
+
+    def alpha_sigma(self, t):
+        angle = 0.5 * math.pi * (t.double() + 1) / (self.steps + 1)
+        return angle.cos().view(-1, 1, 1, 1), angle.sin().view(-1, 1, 1, 1)
+
+    def encode_text(self, prompts):
+        rows = [self.words.index(prompt.split(" ")[-1]) for prompt in prompts]
+        return torch.tensor(rows, dtype=torch.float64).view(-1, 1, 1)
+
+    def eps(self, x_t, t, cond):
+        out, flat = torch.empty(x_t.shape, dtype=torch.float64), x_t.flatten(1)
+        levels = [level.flatten(1) for level in self.alpha_sigma(t)]
+        for row in cond.unique():
+            mine = cond.flatten() == row
+            y = None if row == 0 else int(row) - 1
+            said = self.mixture.eps(flat[mine], *(level[mine] for level in levels), y)
+            out[mine] = said.view_as(x_t[mine])
+        return out
+
+
+class Said(ExactPrior):
+    """Says what it was told to say: `says[i]` [B, C, H, W] for its i-th word."""
+
+    def __init__(self, says, words=()):
+        super().__init__(GaussianMixture(torch.zeros(1, 1), [1.0]), says[0].shape[1:], words=words)
+        self.says = says
+
+    def eps(self, x_t, t, cond):
+        return torch.stack([self.says[int(row)][i] for i, row in enumerate(cond.flatten())])
+
+
+def gaussian(mean=0.0, std=1.0, dim=3, **kwargs):
+    return ExactPrior(GaussianMixture(torch.full((1, dim), mean), [std]), **kwargs)
+
+
+def bracket(phi, eps_uncond, eps_y, eps, lam, t=None, cond=None, x_t=None):
+    """Eq. 7's bracket with this φ."""
+    x_t = eps if x_t is None else x_t
+    t = torch.full((len(eps),), 500) if t is None else t
+    cond = torch.ones(len(eps), 1, 1, dtype=torch.float64) if cond is None else cond
+    eps_phi = phi(x_t, t, cond, eps, None, eps_uncond, eps_y)
+    return asd.generator_grad(eps_uncond, eps_y, eps_phi, lam)
+
+
+def table(row, *tensors):
+    """cond·ε_y + neg·ε_neg + null·ε_∅ + noise·ε."""
+    return sum(c * tensor for c, tensor in zip(row, tensors))
+
+
+def make_state(prior, method, generator=None, seed=0, words=None):  # noqa: F811
+    random = rng(seed)
+    generator = generator(random) if generator else Latents(prior, 2, random)
+    phi = asd.make_phi(method.phi, prior, PROMPT, lam=method.lam, gamma=method.gamma,
+                       steps=method.steps, **(words or {}))
+    return State(generator, phi, method, random)
+
+
+def go(prior, method, state=None, micro_batch=None, **kwargs):  # noqa: F811
+    state = state or make_state(prior, method, **kwargs)
+    asd.distill(prior, state.generator, prior.encode_text([PROMPT]), method, state=state,
+                micro_batch=micro_batch)
+    return state
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A corrective that changes nothing yet."""
+    path = tmp_path_factory.mktemp("b") / "b.safetensors"
+    save_bias(Bias(4), path, "epsilon")
+    return path
+
+
+def words_of(name, untrained):
+    return {"corrective": untrained} if name == "lmc" else {}
+
+
+# ---------------------------------------------------------------------------- the pure functions
+def known_end(x, alpha_t, sigma_t, mean, std):
+    """The probability-flow ODE of N(m, s²) scales: x0 = m + s (x_t − α m) / √(α²s² + σ²)."""
+    return mean + std * (x - alpha_t * mean) / (alpha_t ** 2 * std ** 2 + sigma_t ** 2) ** 0.5
+
+
+def ode_error(function, steps, mean=1.5, std=0.4):
+    exact = gaussian(mean, std, steps=8192)
+    x_t, t = randn(4, 3, 1, 1, generator=rng()), torch.tensor([8000, 6000, 4096, 100])
+    null = exact.encode_text([""] * 4)
+    end = function(lambda x, t: exact.eps(x, t, null), x_t, t, steps, exact.alpha_sigma)
+    return (end - known_end(x_t, *exact.alpha_sigma(t), mean, std)).abs().max().item()
+
+
+def check_row_eps_phi(function):
+    tensors, lam = noise(0, (2, 3, 4, 4), 4), 7.5
+    eps_y, eps_neg, eps_uncond, eps = tensors
+    for row in ((1, 0, -1, 0), (1, -1, 0, 0), (0.3, 0.7, -1.3, 2.0)):
+        eps_phi = function(row, eps_y, eps_neg, eps_uncond, eps, lam)
+        close(asd.generator_grad(eps_uncond, eps_y, eps_phi, lam),
+              (lam - 1) * table(row, *tensors))
+    close(function((1, 0, -1, 0), eps_y, eps_neg, eps_uncond, eps, lam), eps_y)
+
+
+def check_one_step_x0(function):
+    x0, eps = noise(0, (2, 3, 4, 4), 2)
+    close(function(asd.add_noise(x0, eps, 0.8, 0.6), eps, 0.8, 0.6), x0)
+
+
+def check_ode_end(function):
+    assert ode_error(function, 256) < 0.02
+    x_t, eps = noise(1, (4, 3, 1, 1), 2)
+    t, levels = torch.tensor([5, 50, 500, 999]), gaussian().alpha_sigma
+    close(function(None, x_t, t, 1, levels, eps), one_step_x0(x_t, eps, *levels(t)))
+
+
+def check_bridge_eps_phi(function):
+    x_t, source, target, a, b = noise(0, (2, 3, 4, 4), 5)
+    alpha_t, sigma_t = cosine(0.3)
+    phi = function(source, target, a, b, alpha_t, sigma_t, 40.0)
+    close(asd.generator_grad(source, target, phi, 40.0), 40 * alpha_t / sigma_t * (a - b))
+    ends = [one_step_x0(x_t, eps, alpha_t, sigma_t) for eps in (source, target)]
+    close(function(source, target, *ends, alpha_t, sigma_t, 40.0), source)
+
+
+def check_corrective_eps_phi(function):
+    x0, b, eps = noise(0, (2, 3, 4, 4), 3)
+    close(function(x0, b, eps, 0.8, 0.6), (asd.add_noise(x0, eps, 0.8, 0.6) - 0.8 * b) / 0.6)
+
+
+def check_corrective_loss(function):
+    close(function(torch.tensor([3.0, 1.0]).double(), torch.tensor([1.0, 1.0]), 0.8, 0.6),
+          (0.48 * 2) ** 2 / 2)
+
+
+def check_mean_noise(function):
+    particles, x_t = randn(5, 6, generator=rng()), randn(3, 6, generator=rng(1))
+    levels = [cosine(t) for t in (0.1, 0.5, 0.9)]
+    alpha_t, sigma_t = torch.tensor(levels, dtype=torch.float64).T.reshape(2, 3, 1, 1, 1)
+    shaped = [x.view(-1, 6, 1, 1) for x in (x_t, particles)]
+    alike = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    for h in (0.0, 0.7):
+        for mask in (None, alike):
+            expected = [particle_eps(x_t[i], particles[mask[i]] if mask is not None else particles,
+                                     *levels[i], h) for i in range(3)]
+            close(function(*shaped, alpha_t, sigma_t, mask, h).flatten(1), torch.stack(expected))
+
+
+CHECKS = {name[len("check_"):]: check for name, check in list(globals().items())
+          if name.startswith("check_")}
+
+
+def subject(name):
+    return getattr(variants, name, None) or getattr(corrective, name)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_equation(name):
+    CHECKS[name](subject(name))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_wrong_sign_is_noticed(name):
+    candidates, survivors = list(mutants(subject(name))), []
+    for place, mutant in candidates:
+        try:
+            CHECKS[name](mutant)
+            survivors.append(place)
+        except Exception as error:
+            assert place != "unchanged", error
+    assert survivors == ["unchanged"] and len(candidates) > 1
+
+
+# ------------------------------------------------------------------- the rows, on random tensors
+@given(shapes, seeds, guidance)
+def test_sds_row(shape, seed, lam):
+    """SDS is (λ, 0, 1 − λ, −1)."""
+    eps_y, eps_uncond, eps = noise(seed, shape, 3)
+    close(bracket(NoisePhi(), eps_uncond, eps_y, eps, lam),
+          table((lam, 0, 1 - lam, -1), eps_y, 0, eps_uncond, eps))
+
+
+@given(shapes, seeds, guidance, st.sampled_from(sorted(CSD_SCHEDULES)), st.integers(0, 60))
+def test_csd_row(shape, seed, lam, schedule, step):
+    """(λ − 1) times the published (cond, neg, null, noise), at any step of a run of 40."""
+    eps_y, eps_neg, eps_uncond, eps = tensors = noise(seed, shape, 4)
+    phi = CSD(Said([eps_uncond, eps_neg], ["bad"]), [], lam, 40, "bad", schedule)
+    phi.prompts(step, None, None)
+    late, half = min(1, step / 40), min(1, step / 20)
+    row = {"classifier": (1, 0, -1, 0), "coarse": (1, -half, half - 1, 0),
+           "refine": (1, -1 + late / 2, -late / 2, 0)}[schedule]
+    close(bracket(phi, eps_uncond, eps_y, eps, lam), (lam - 1) * table(row, *tensors))
+
+
+def test_csd_is_eps_y_by_default():
+    eps_y, eps_uncond, eps = noise(0, (2, 1, 3, 3), 3)
+    phi = CSD(Said([eps_uncond]), [], 7.5, 10)
+    close(phi(eps, None, None, eps, None, eps_uncond, eps_y), eps_y)
+
+
+def test_csd_has_no_gradient_at_lam_1():
+    with pytest.raises(ValueError, match="--lam 1"):
+        CSD(Said([torch.zeros(1, 1, 1, 1)]), [], 1.0, 10)
+
+
+@given(shapes, seeds, guidance)
+def test_nfsd_row(shape, seed, lam):
+    """λ(ε_y − ε_∅) + δ_D: δ_D is ε_∅ for t < 200 and ε_∅ − ε_neg above, picture by picture."""
+    shape = (4, *shape[1:])
+    eps_y, eps_neg, eps_uncond, eps = tensors = noise(seed, shape, 4)
+
+    class Answers(Said):
+        def eps(self, x_t, t, cond):
+            assert (t >= 200).all() and (cond == 1).all()
+            return eps_neg[2:]
+    phi = NFSD(Answers([eps_uncond], ["bad"]), [], "bad")
+    got = bracket(phi, eps_uncond, eps_y, eps, lam, torch.tensor([0, 199, 200, 999]))
+    close(got[:2], table((lam, 0, 1 - lam, 0), *tensors)[:2])
+    close(got[2:], table((lam, -1, 1 - lam, 0), *tensors)[2:])
+
+
+@given(shapes, seeds, st.floats(1.0, 100.0))
+def test_bridge_rows(shape, seed, lam):
+    """Stage 1 is SDS; stage 2 is λ(ε_tgt − ε_src), also at λ = 1, where the loop asks for no ∅."""
+    eps_y, eps_uncond, source, target, eps = noise(seed, shape, 5)
+    says = Said([eps_uncond, eps_y, source, target], ["y", "real", "painted"])
+    phi = Bridge(says, ["y"], lam, 10, "painted", "real", bridge_start=0.5)
+    says.says[2:] = target, source                     # in the order of the words
+    y, null = says.encode_text(["y"] * len(eps)), says.encode_text([""])
+    assert phi.prompts(4, y, null) == (y, null)
+    close(bracket(phi, eps_uncond, eps_y, eps, lam),
+          table((lam, 0, 1 - lam, -1), eps_y, 0, eps_uncond, eps))
+    y, base = phi.prompts(5, y, null)
+    assert (y == 2).all() and (base == 3).all()
+    base = target if lam == 1 else source
+    close(bracket(phi, base, target, eps, lam, cond=y), lam * (target - source))
+
+
+@given(shapes, seeds, guidance)
+def test_lmc_row(shape, seed, lam):
+    """λ(ε_y − ε_∅) + (α/σ)(b_k(x0, t) − x̂0); where b_k = x0, it is SDS's row."""
+    eps_y, eps_uncond, eps, x0, b = noise(seed, shape, 5)
+    says, t = Said([eps_uncond]), torch.full((len(eps),), 300)
+    alpha_t, sigma_t = says.alpha_sigma(t)
+    x_t = asd.add_noise(x0, eps, alpha_t, sigma_t)
+    phi = lmc(says, lambda x, t: b)
+    expected = lam * (eps_y - eps_uncond) \
+        + alpha_t / sigma_t * (b - (x_t - sigma_t * eps_uncond) / alpha_t)
+    close(bracket(phi, eps_uncond, eps_y, eps, lam, t, x_t=x_t), expected)
+    phi = lmc(says, lambda x, t: x)
+    close(bracket(phi, eps_uncond, eps_y, eps, lam, t, x_t=x_t),
+          table((lam, 0, 1 - lam, -1), eps_y, 0, eps_uncond, eps))
+
+
+def lmc(prior, b_k):  # noqa: F811
+    """The φ of LMC-SDS with this function for its network."""
+    phi = Corrective.__new__(Corrective)
+    NoisePhi.__init__(phi)
+    phi.prior, phi.b_k = prior, b_k
+    return phi
+
+
+# ------------------------------------------------------------------------- SDS-Bridge in detail
+def test_bridge_ode_converges_to_the_known_ends():
+    """On a Gaussian; the error of N steps falls like 1/N, one step is far off."""
+    errors = [ode_error(ode_end, n) for n in (1, 16, 64, 256)]
+    assert errors[0] > 0.5 and errors[3] < 0.02
+    assert 3 < errors[1] / errors[2] < 5 and 3 < errors[2] / errors[3] < 5
+
+
+def test_bridge_of_two_gaussians_is_the_known_one():
+    """λ(α/σ)(x0_src − x0_tgt): with equal spreads s it is (m_src − m_tgt)(1 − sα/√(α²s² + σ²))."""
+    means = torch.tensor([[0.0, 0.0], [2.0, -1.0], [-1.0, 1.0]])
+    exact = ExactPrior(GaussianMixture(means, [0.5] * 3, labels=range(3)), steps=4096,
+                       words=["y", "painted", "real"])
+    phi = Bridge(exact, ["y"], 3.0, 10, "painted", "real", bridge_steps=400)
+    x_t, t = randn(3, 2, 1, 1, generator=rng()), torch.tensor([3900, 2000, 400])
+    y, base = phi.prompts(0, exact.encode_text(["y"] * 3), None)
+    grad = bracket(phi, exact.eps(x_t, t, base), exact.eps(x_t, t, y), x_t, 3.0, t, y)
+    a, s = exact.alpha_sigma(t)
+    shift = (means[1] - means[2]).view(2, 1, 1) * (1 - 0.5 * a / (0.25 * a ** 2 + s ** 2) ** 0.5)
+    torch.testing.assert_close(grad, 3 * a / s * shift, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("lam", [1.0, 40.0])
+def test_bridge_from_a_thing_to_itself_is_zero(prior, steps, lam):  # noqa: F811
+    method = replace(METHODS["bridge"], steps=2, lam=lam)
+    words = {"source_words": "a blue fox", "target_words": "a blue fox", "bridge_steps": steps}
+    state = make_state(prior, method, words=words)
+    before, norms = state.generator.theta.detach().clone(), []
+    asd.distill(prior, state.generator, prior.encode_text([PROMPT]), method, state=state,
+                callback=lambda state, terms: norms.append(terms["loss_G"]))
+    assert max(norms) < 1e-3
+    if steps == 1:
+        assert norms == [0, 0] and torch.equal(before, state.generator.theta)
+
+
+def test_bridge_asks_for_the_words_beside_each_prompt(prior):  # noqa: F811
+    """Stage 2 of the loop against the prior asked by hand; rows are found in any order."""
+    phi = Bridge(prior, [PROMPT, "a blue fox"], 40.0, 10, "painting", "a photo of {}")
+    y = prior.encode_text(["a blue fox", PROMPT, "a blue fox"])
+    told, base = phi.prompts(0, y, None)
+    for got, phrase in ((told, "a photo of {}"), (base, "{}, painting")):
+        expected = prior.encode_text([phrase.format(p) for p in ("a blue fox", PROMPT)])
+        torch.testing.assert_close(got, expected[[0, 1, 0]])
+    with pytest.raises(ValueError, match="asked for a prompt"):
+        phi.prompts(0, prior.encode_text(["a red red fox"]), None)
+
+
+@pytest.mark.parametrize("words, first", [
+    ({}, 5), ({"target_words": "x"}, 5), ({"source_words": "x"}, 0), ({"bridge_start": 0.3}, 3),
+    ({"source_words": "x", "bridge_start": 1.0}, 10)])
+def test_bridge_begins(prior, words, first):  # noqa: F811
+    assert Bridge(prior, [PROMPT], 40.0, 10, **words).first == first
+
+
+def test_words_are_put_around_the_prompt_or_after_it():
+    assert variants.with_words("a fox", "a drawing of {}") == "a drawing of a fox"
+    assert variants.with_words("a fox", "painting") == "a fox, painting"
+    assert variants.with_words("a fox", "") == "a fox"
+
+
+# ---------------------------------------------------------------------------- LMC-SDS in detail
+class Linear(nn.Module):
+    """b(x0, t) = a_t x0 + c_t, a pair per level."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = torch.tensor(levels)
+        self.a = nn.Parameter(torch.ones(len(levels), 1, 1, 1, dtype=torch.float64))
+        self.c = nn.Parameter(torch.zeros_like(self.a))
+
+    def forward(self, x0, t):
+        i = (t[:, None] == self.levels).long().argmax(1)
+        return self.a[i] * x0 + self.c[i]
+
+
+def closed_form(prior, x0, t, mean, std):  # noqa: F811
+    """E[x̂0 | x0, t] = m + κ(x0 − m), κ = α²s²/(α²s² + σ²): the prior N(m, s²) is known."""
+    alpha_t, sigma_t = prior.alpha_sigma(t)
+    kappa = (alpha_t * std) ** 2 / ((alpha_t * std) ** 2 + sigma_t ** 2)
+    return mean + kappa * (x0 - mean)
+
+
+def train(network, exact, levels, mean, std, steps, lr, batch=32):
+    g, null = rng(), exact.encode_text([""])
+    dtype = next(network.parameters()).dtype
+    optimizer = torch.optim.Adam(network.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x0, eps = (randn(batch, *exact.shape, generator=g).to(dtype) for _ in range(2))
+        t = torch.tensor(levels)[torch.randint(len(levels), (batch,), generator=g)]
+        loss, _ = corrective.losses(network, exact, null, mean + std * x0, t, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network
+
+
+def test_lmc_corrective_learns_the_closed_form_and_unbiases_the_projection():
+    """A linear b_k on the exact Gaussian prior. At data x0 the corrected projection gradient is 0
+    on average (over ε and −ε: exactly, as x̂0 is linear), SDS's pulls to the prior's mean."""
+    exact, levels, mean, std = gaussian(1.0, 0.8, dim=16), [100, 400, 700, 950], 1.0, 0.8
+    b = train(Linear(levels), exact, levels, mean, std, 600, 0.1, 64)
+    x0 = mean + std * randn(4, *exact.shape, generator=rng(5))
+    t, eps = torch.tensor(levels), randn(4, *exact.shape, generator=rng(6))
+    with torch.no_grad():
+        error = (b(x0, t) - closed_form(exact, x0, t, mean, std)).abs().amax((1, 2, 3))
+    assert (error < torch.tensor([0.03, 0.03, 0.05, 0.2])).all(), error
+    alpha_t, sigma_t = exact.alpha_sigma(t)
+
+    def projection(phi):
+        total, null = 0.0, exact.encode_text([""] * 4)
+        for added in (eps, -eps):
+            x_t = asd.add_noise(x0, added, alpha_t, sigma_t)
+            eps_uncond = exact.eps(x_t, t, null)
+            total += (eps_uncond - phi(x_t, t, null, added, None, eps_uncond, eps_uncond)) / 2
+        return total
+    best = lmc(exact, lambda x0, t: closed_form(exact, x0, t, mean, std))
+    close(projection(best), 0.0)
+    blur = x0 - closed_form(exact, x0, t, mean, std)
+    close(projection(NoisePhi()), alpha_t / sigma_t * blur)
+    with torch.no_grad():
+        learnt, sds = projection(lmc(exact, b)), projection(NoisePhi())
+    assert (learnt.flatten(1).norm(dim=1) < 0.15 * sds.flatten(1).norm(dim=1)).all()
+
+
+def test_lmc_network_learns_the_closed_form():
+    """The small U-Net itself, in float32: most of the blur is found, at each of two levels."""
+    exact, levels, std = gaussian(0.0, 1.0, dim=128, shape=(2, 8, 8)), [400, 800], 1.0
+    torch.manual_seed(0)
+    network = train(Bias(2, 8), exact, levels, 0.0, std, 150, 5e-3)
+    x0 = std * randn(16, *exact.shape, generator=rng(9)).float()
+    for level in levels:
+        t = torch.full((16,), level)
+        with torch.no_grad():
+            right = closed_form(exact, x0, t, 0.0, std)
+            assert (network(x0, t) - right).norm() < 0.25 * (x0 - right).norm(), level
+
+
+def test_lmc_untrained_is_sds(prior, untrained):  # noqa: F811
+    ends = [go(prior, replace(METHODS[name] if name == "lmc" else asd.METHODS["sds"], steps=1,
+                              lam=2.0), words=words_of(name, untrained)).generator.theta.grad
+            for name in ("lmc", "sds")]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (7.0, -3.0)])
+def test_lmc_network_follows_brightness_and_contrast(scale, shift):
+    """Standardised per picture and put back: b_k(s x0 + c) = s b_k(x0) + c."""
+    torch.manual_seed(0)
+    network, x0, t = Bias(4, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    assert torch.allclose(network(x0, t), x0, atol=1e-6)
+    nn.init.normal_(network.unet.conv_out.weight)
+    b = network(x0, t)
+    assert (b - x0).abs().max() > 0.1
+    torch.testing.assert_close(network(scale * x0 + shift, t), scale * b + shift,
+                               rtol=1e-3, atol=1e-3)
+
+
+def test_lmc_files_that_do_not_fit_are_one_line(prior, tmp_path, untrained, monkeypatch):  # noqa: F811
+    for content, part in ((None, "is not there"), (b"nothing", "is no corrective")):
+        path = tmp_path / "b.safetensors"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=part):
+            corrective.load_bias(prior, path)
+    save_bias(Bias(3), path, "epsilon")
+    with pytest.raises(UserError, match="is no corrective.*size mismatch|Error"):
+        corrective.load_bias(prior, path)
+    monkeypatch.setattr(corrective, "HERE", tmp_path)         # the default file is of one model
+    save_bias(Bias(4), tmp_path / "corrective.safetensors", "epsilon")
+    assert corrective.load_bias(prior)
+    save_bias(Bias(4), tmp_path / "corrective.safetensors", "another")
+    with pytest.raises(UserError, match="another"):
+        corrective.load_bias(prior)
+
+
+def test_shipped_corrective_is_small():
+    if not (HERE / "corrective.safetensors").exists():
+        pytest.skip("corrective.safetensors is not here")
+    assert (HERE / "corrective.safetensors").stat().st_size < 2e6
+    assert corrective.load_bias(asd.Prior.from_pretrained("tiny-sd", "cpu"))
+
+
+def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The command; the same command goes on; pictures come from the prior or from a folder."""
+    monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
+    Path("prompts").write_text("a red apple\na blue fox\n")
+    flags = ["train-corrective", "--model", model, "--samples", "3", "--ddim", "2", "--batch", "2",
+             "--minutes", "0.005", "--device", "cpu", "--out", "b.safetensors"]
+    assert variants.main(flags) == 0
+    assert capsys.readouterr().out == "b.safetensors\n"
+    made = contents("data")
+    monkeypatch.setattr(corrective, "ode_end", None)          # no sample is made again
+    assert variants.main(flags) == 0 and contents("data").keys() == made.keys()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
+    status, _, err = cli("--method", "lmc", "--corrective", "b.safetensors", "--model", model)
+    assert status == 0, err
+    assert variants.main([*flags, "--prompts", "prompts"]) == 0
+    (tmp_path / "pictures").mkdir()
+    assert variants.main([*flags, "--images", "pictures"]) == 2
+    assert "holds no pictures" in capsys.readouterr().err
+    (tmp_path / "pictures/a.png").write_bytes(Path("run/final.png").read_bytes())
+    assert variants.main([*flags, "--images", "pictures"]) == 0
+    assert len(list(Path("data").glob("*samples*"))) == 2
+    assert variants.main([*flags, "--images", "nowhere"]) == 2
+    assert variants.main(["train-corrective", "--model", "nowhere"]) == 2
+    assert all(line.startswith("variants.py: ") for line in capsys.readouterr().err.split("\n")
+               if "nowhere" in line)
+
+
+# ------------------------------------------------------------------------------ exact φ in detail
+@given(seeds, st.integers(1, 6), gammas, guidance, st.floats(0, 1))
+def test_exact_is_vsd_at_lam_eff(seed, count, gamma, lam, bandwidth):
+    """ASD's bracket with the exact φ is 1/(1 + γ) times VSD's at λ_eff = 1 + (1 + γ)(λ − 1)."""
+    eps_uncond, eps_y, eps, x0 = noise(seed, (count, 2, 3, 3), 4)
+    says, t = Said([eps_uncond]), torch.randint(20, 980, (count,), generator=rng(seed))
+    x_t = asd.add_noise(x0, eps, *says.alpha_sigma(t))
+    ours, vsd = (bracket(Exact(says, [], g, bandwidth), eps_uncond, eps_y, eps, guidance, t,
+                         x_t=x_t) for g, guidance in ((gamma, lam),
+                                                      (0.0, 1 + (1 + gamma) * (lam - 1))))
+    close(ours, vsd / (1 + gamma))
+
+
+@given(seeds, gammas, guidance)
+def test_exact_of_one_particle_is_sds_at_lam_eff(seed, gamma, lam):
+    """A single particle's noise is known: ε_g = ε, up to the particle's own rounding."""
+    eps_uncond, eps_y, eps = noise(seed, (1, 2, 3, 3), 3)
+    lam_eff = 1 + (1 + gamma) * (lam - 1)
+    close(bracket(Exact(Said([eps]), [], gamma), eps_uncond, eps_y, eps, lam),
+          asd.sds_grad(eps_uncond, eps_y, eps, lam_eff) / (1 + gamma))
+
+
+def test_exact_keeps_prompts_apart():
+    eps_uncond, eps_y, eps = noise(0, (5, 2, 1, 1), 3)
+    t, phi = torch.tensor([100, 500, 900, 950, 700]), Exact(Said([eps]), [], 0.0)
+    cond = torch.tensor([1.0, 2, 1, 2, 1]).view(-1, 1, 1)
+    whole = phi(eps, t, cond, eps.flip(0), None, eps_uncond, eps_y)
+    for mine in (cond.flatten() == 1, cond.flatten() == 2):
+        close(phi(eps[mine], t[mine], cond[mine], eps.flip(0)[mine], None, None, eps_y[mine]),
+              whole[mine])
+    assert not torch.allclose(phi(eps, t, 0 * cond, eps.flip(0), None, None, eps_y), whole)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, -2.0])
+def test_exact_wants_gamma_above_minus_one(prior, gamma):  # noqa: F811
+    with pytest.raises(ValueError, match="no.*gamma|--gamma"):
+        asd.make_phi("exact", prior, PROMPT, lam=7.5, steps=3, gamma=gamma)
+
+
+def test_exact_spreads_the_particles_of_the_loop():
+    """The mixture experiment of reproduce.py, through distill(): SDS collapses, exact φ covers."""
+    exact, ends = ExactPrior(reproduce.two_rings(), words=["y", "z"]), {}
+
+    class Particles(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.theta = nn.Parameter(randn(128, 2, 1, 1, generator=rng()))
+
+        def forward(self):
+            return self.theta
+    exact.words = ["", "y", "z"]
+    for name, phi, lam, gamma in (("sds", "noise", 1.0, 0.0), ("vsd", "exact", 1.0, 0.0),
+                                  ("guided", "exact", 7.5, 0.0), ("asd", "exact", 7.5, -0.9)):
+        method = asd.Method(phi=phi, lam=lam, gamma=gamma, lr=0.1, steps=150)
+        made = asd.make_phi(phi, exact, "y", lam=lam, gamma=gamma, steps=150)
+        state = State(Particles(), made, method, rng(1))
+        with reproduce.one_thread():
+            asd.distill(exact, state.generator, exact.encode_text(["y"]), method, state=state)
+        ends[name] = reproduce.mmd(state.generator.theta.detach().flatten(1), exact.mixture)
+    assert ends["sds"] > 0.5 and ends["guided"] > 0.3
+    assert ends["vsd"] < 0.2 and ends["asd"] < 0.2, ends
+
+
+# ------------------------------------------------------------------------------------- the loop
+@pytest.mark.parametrize("name, changes, words, evaluations", [
+    ("csd", {}, {}, (2, 2)), ("csd", {}, {"negative": "a blue fox"}, (2, 3)),
+    ("nfsd", {"t_min": 0.2}, {}, (3, 3)), ("nfsd", {"t_max": 0.15}, {}, (2, 2)),
+    ("bridge", {}, {}, (2, 2)), ("bridge", {}, {"bridge_start": 0.0}, (2, 2)),
+    ("bridge", {"lam": 1.0}, {"bridge_start": 0.0}, (2, 2)),
+    ("bridge", {}, {"bridge_steps": 4}, (2, 8)), ("lmc", {}, {}, (2, 2)),
+    ("lmc", {"lam": 1.0}, {}, (1, 1)), ("exact", {}, {}, (2, 2))])
+def test_unet_evaluations_per_particle_and_step(prior, untrained, name, changes, words,  # noqa: F811
+                                                evaluations):
+    method = replace(ROWS[name], steps=2, **changes)
+    state = make_state(prior, method, words=words | words_of(name, untrained))
+    for i, expected in enumerate(evaluations):
+        with counted(prior.unet) as counts:
+            go(prior, replace(method, steps=i + 1), state)
+        assert counts["forward"] == 2 * expected and counts["graph"] == 0
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_micro_batches_change_nothing(prior, untrained, name):  # noqa: F811
+    """An exact φ is always given all particles at once."""
+    method = replace(ROWS[name], steps=2, **({"lam": 1.0} if name == "bridge" else {}))
+    words = words_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
+    words |= {"bridge_start": 0.0, "bridge_steps": 2} if name == "bridge" else {}
+    ends = [go(prior, method, make_state(prior, method, words=words), size).generator.theta
+            for size in (None, 1)]
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_nothing_is_trained_but_theta(prior, untrained, name):  # noqa: F811
+    before = copy.deepcopy(prior.unet.state_dict())
+    state = go(prior, replace(ROWS[name], steps=2), words=words_of(name, untrained))
+    assert state.opt_phi is None and same(before, prior.unet.state_dict())
+    assert state.generator.theta.isfinite().all()
+
+
+def recording(phi):
+    """φ that keeps the ε and the t it is given."""
+    phi.seen, forward = [], phi.forward
+
+    def call(x_t, t, cond, eps, *rest):
+        phi.seen.append((t, eps))
+        return forward(x_t, t, cond, eps, *rest)
+    phi.forward = call
+    return phi
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_fixed_noise_is_one_eps_and_many_t(prior, fixed):  # noqa: F811
+    method = replace(asd.METHODS["sds"], steps=3, fixed_noise=fixed)
+    state = make_state(prior, method)
+    recording(state.phi)
+    go(prior, method, state)
+    (t, eps), *others = state.phi.seen
+    assert all(torch.equal(eps, other) == fixed for _, other in others)
+    assert not any(torch.equal(t, other) for other, _ in others)
+    assert ("eps" in state.tensors()) == fixed
+
+
+def network(prior, random):  # noqa: F811
+    return Network(prior, prior.encode_text([PROMPT, "a blue fox"]), random, (8, 16))
+
+
+@pytest.mark.parametrize("name, changes, generator", [
+    ("sds", {"fixed_noise": True}, None), ("sds", {}, network), ("vsd", {}, network),
+    ("lmc", {"fixed_noise": True}, network), ("csd", {}, None), ("bridge", {}, None)])
+def test_n_plus_m_steps_are_n_then_m(prior, untrained, name, changes, generator):  # noqa: F811
+    """Fixed noise, the network's own draws and the φs that know the step: bit for bit."""
+    method = replace((asd.METHODS | METHODS)[name], steps=4, **changes)
+    made = None if generator is None else lambda random: generator(prior, random)
+    words = words_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
+
+    def fresh(seed=0):
+        return make_state(prior, method, made, seed, words)
+    whole, first, second = fresh(), fresh(), fresh(99)
+    go(prior, method, whole)
+    go(prior, replace(method, steps=2), first)
+    second.load_tensors(copy.deepcopy(first.tensors()), 2)
+    go(prior, method, second)
+    assert second.step == 4 and same(second.tensors(), whole.tensors())
+
+
+# --------------------------------------------------------------------------- the network generator
+def test_network_makes_each_prompt_from_fresh_noise(prior):  # noqa: F811
+    made = network(prior, rng())
+    (x0, cond, camera), (again, _, _) = made(), made()
+    assert x0.shape == (2, *prior.shape) and camera is None and torch.equal(cond, made.cond)
+    assert not torch.allclose(x0, again)
+    assert torch.equal(made.images(), made.images())
+    before = made.images()
+    made.cond = made.cond.flip(0)                             # the prompt reaches the network
+    assert not torch.allclose(before, made.images(), atol=1e-4)
+
+
+def test_network_comes_from_the_runs_seed_alone(prior):  # noqa: F811
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = (network(prior, rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert same(one.state_dict(), two.state_dict())
+    assert not torch.equal(one.shown, other.shown)
+    assert not torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
+
+
+def test_network_learns_in_every_weight(prior):  # noqa: F811
+    method = replace(asd.METHODS["sds"], steps=2)
+    state = make_state(prior, method, lambda random: network(prior, random))
+    before = copy.deepcopy(dict(state.generator.named_parameters()))
+    go(prior, method, state)
+    assert state.opt_theta.param_groups[0]["lr"] == method.lr / 30
+    still = [name for name, p in state.generator.named_parameters() if torch.equal(p, before[name])]
+    assert all("attn2.to_q" in name or "attn2.to_k" in name for name in still), still
+
+
+# ------------------------------------------------------------------------------ the command line
+@pytest.mark.parametrize("flags", [
+    ["--method", "csd", "--negative", "a blue fox"], ["--method", "nfsd"],
+    ["--method", "bridge", "--bridge-steps", 2], ["--method", "lmc", "--fixed-noise"],
+    ["--method", "vsd", "--phi", "exact", "--bandwidth", 0.3, "--particles", 2],
+    ["--method", "asd", "--gamma", -0.5, "--phi", "exact"],
+    ["--method", "vsd", "--generator", "network", "--particles", 2]], ids=lambda flags: flags[1])
+def test_a_run_of_each_method(cli, untrained, flags):  # noqa: F811
+    flags = [*flags, *(["--corrective", untrained] if "lmc" in flags else [])]
+    status, out, err = cli(*flags)
+    assert status == 0 and out == "run/final.png\n", err
+    assert [row["step"] for row in metrics("run")] == [1, 2, 3]
+    assert all(row["loss_G"] > 0 and math.isfinite(row["loss_G"]) for row in metrics("run"))
+
+
+def test_words_reach_phi(cli, monkeypatch):  # noqa: F811
+    """Every prompt of the run, and each flag that is given; what is not keeps the φ's default."""
+    monkeypatch.setattr(runs, "distill", lambda *args, state, **kwargs: seen.append(state.phi))
+    seen = []
+    cli("--method", "bridge", "--source-words", "old {}", "--target-words", "new {}",
+        "--bridge-steps", 3, "--bridge-start", 0.5, "--prompt", "a blue fox", "--lam", 3,
+        "--prompt", "a red apple", "--steps", 8, "--out", "one")
+    cli("--method", "nfsd", "--negative", "dull", "--out", "two")
+    cli("--method", "nfsd", "--out", "three")
+    bridge, mine, default = seen
+    assert bridge.texts == ["old {}", "new {}"] and len(bridge.plain) == 2
+    assert (bridge.lam, bridge.ode_steps, bridge.first) == (3, 3, 4)
+    assert (mine.texts, default.texts) == (["dull"], [variants.NFSD_NEGATIVE])
+
+
+def test_words_never_seen_are_named(cli):  # noqa: F811
+    assert "has never seen: apple" not in cli("--method", "nfsd")[2]
+    assert "unrealistic" in cli("--method", "nfsd", "--out", "two")[2]
+
+
+@pytest.mark.parametrize("flags", [["--fixed-noise"], ["--generator", "network"]])
+def test_a_resumed_run_is_the_whole_run(cli, flags):  # noqa: F811
+    cli("--method", "sds", "--steps", 4, "--out", "whole", *flags)
+    cli("--method", "sds", "--steps", 2, "--out", "part", *flags)
+    assert cli("--resume", "part", "--steps", 4)[0] == 0
+    one, two = checkpoint("whole"), checkpoint("part")
+    named = [name for name in one if "frame" not in name]
+    assert len(named) > 4 and all(torch.equal(one[name], two[name]) for name in named)
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (["--method", "hyper"], ["sds, vsd, asd, csd, nfsd, bridge, lmc"]),
+    (["--phi", "exact"], ["--gamma -1", "--gamma -0.5"]),
+    (["--method", "csd", "--phi", "lora"], ["--method csd", "--phi lora"]),
+    (["--method", "nfsd", "--phi", "noise"], ["--phi noise"]),
+    (["--method", "csd", "--lam", 1], ["--lam 1"]),
+    (["--negative", "blurry"], ["--negative", "csd or nfsd"]),
+    (["--method", "csd", "--source-words", "x"], ["--source-words", "bridge"]),
+    (["--bandwidth", 1], ["--bandwidth", "--phi exact"]),
+    (["--method", "bridge", "--lam-phi", 2], ["--lam-phi", "trained"]),
+    (["--method", "bridge", "--bridge-steps", 0], ["--bridge-steps"]),
+    (["--method", "lmc", "--corrective", "nowhere.safetensors"], ["nowhere", "train-corrective"]),
+    (["--generator", "network", "--pixels"], ["--generator network", "--pixels"]),
+    (["--generator", "network", "--init", "a.png"], ["--init"])])
+def test_mistake_is_one_line(cli, flags, parts):  # noqa: F811
+    one_line(cli(*flags), *parts)
+    assert not Path("run").exists()
+
+
+def test_asd_does_without_this_file(prior, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "variants", None)
+    assert runs.all_methods() == asd.METHODS
+    with pytest.raises(ValueError, match="'csd'.*noise, lora or embedding"):
+        asd.make_phi("csd", prior)
+
+
+def test_make_phi_takes_one_prompt_or_all(prior):  # noqa: F811
+    words = {"lam": 40.0, "gamma": -1.0, "steps": 4}
+    assert len(asd.make_phi("bridge", prior, PROMPT, **words).plain) == 1
+    assert len(asd.make_phi("bridge", prior, [PROMPT, "a blue fox"], **words).plain) == 2
+    with pytest.raises(ValueError, match="csd, nfsd, bridge, lmc, exact"):
+        asd.make_phi("hyper", prior)
+
+
+def test_the_file_stays_small():
+    """A method is a row and at most one small class: 400 lines hold them all."""
+    assert len((HERE / "variants.py").read_text().splitlines()) < 400
+
+
+# ----------------------------------------------------------------------------------- benchmarks
+@pytest.mark.skipif(not (HERE / "tiny-sd/unet").is_dir(), reason="tiny-sd/ is not here")
+@pytest.mark.parametrize("name", ["sds", *ROWS])
+def test_time_of_a_step_of_tiny_sd(benchmark, tiny, untrained, name):  # noqa: F811
+    method = replace((asd.METHODS | ROWS)[name], steps=0, t_min=0.25)
+    words = words_of(name, untrained) | ({"bridge_start": 0.0} if name == "bridge" else {})
+    state = make_state(tiny, method, lambda random: Latents(tiny, 1, random), words=words)
+
+    def step():
+        go(tiny, replace(method, steps=state.step + 1), state)
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    assert state.generator.theta.isfinite().all()
