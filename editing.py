@@ -20,15 +20,23 @@ The loop is asd.distill, which subtracts `second`. Notation as in asd.py; z is t
 images are RGB [B, 3, H, W] in [0, 1].
 """
 import sys
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from asd import METHODS as ASD_METHODS
-from asd import Discriminator, Latents, Method, Pixels, Prior, UserError, generator_grad
+from asd import (
+    Discriminator,
+    Latents,
+    Method,
+    Pixels,
+    State,
+    UserError,
+    distill,
+    generator_grad,
+    make_phi,
+)
 
 
 def editing_grad(target, source, lam, omega=1.0):
@@ -57,12 +65,13 @@ class Edit(Method):
 
 
 METHODS = {
-    "asd": Edit(lr=0.02, steps=200),
-    "asd-edit": Edit(lr=0.02, steps=200, phi_z="edit"),
-    "asd-10": Edit(lr=0.02, steps=200, phi_z="text"),
+    "asd": Edit(optimizer="sgd", lr=0.05, steps=100),
+    "asd-edit": Edit(optimizer="sgd", lr=0.05, steps=100, phi_z="edit"),
+    "asd-10": Edit(optimizer="sgd", lr=0.05, steps=100, phi_z="text"),
     # Delta Denoising Score: t in 50 … 948 of 1000, ω = 1
-    "dds": Edit(phi="noise", omega="1", t_min=0.05, t_max=0.948, lr=0.02, steps=200),
-    "sds": Edit(phi="noise", phi_z="none", lr=0.02, steps=200),
+    "dds": Edit(phi="noise", omega="1", t_min=0.05, t_max=0.948, optimizer="sgd", lr=0.05,
+                steps=100),
+    "sds": Edit(phi="noise", phi_z="none", optimizer="sgd", lr=0.05, steps=100),
 }
 
 
@@ -90,6 +99,24 @@ def second_discriminator(method, phi_z, z, source):
     return Discriminator(phi_z, z, seen=source, **learns[method.phi_z])
 
 
+def edit(prior, images, sources, targets, method="asd", seed=0, callback=None):
+    """Edit pictures: RGB [B, 3, H, W] in [0, 1], B prompts each -> RGB of the same shape.
+
+    One φ_y and one φ_z serve the whole batch; methods without φ edit each picture on its own.
+    """
+    method = METHODS[method] if isinstance(method, str) else method
+    rng = torch.Generator().manual_seed(seed)
+    generator = Latents(prior, len(images), rng, images)
+    phi, phi_z = (make_phi(method.phi, prior, prompts, seed=seed, lam=method.lam,
+                           gamma=method.gamma, steps=method.steps)
+                  for prompts in (targets, sources))
+    second = second_discriminator(method, phi_z, prior.encode_text(sources),
+                                  generator.theta.detach().clone())
+    state = State(generator, phi, method, rng, second)
+    distill(prior, generator, prior.encode_text(targets), method, state=state, callback=callback)
+    return generator.images()
+
+
 # ------------------------------------------------------------------------------------ generators
 class Masked(nn.Module):
     """Another generator inside a mask, the source image outside it.
@@ -112,47 +139,6 @@ class Masked(nn.Module):
     @torch.no_grad()
     def images(self):
         return self.image + self.mask * (self.generator.images() - self.image)
-
-
-class Translator(nn.Module):
-    """Image translation in one pass: x0 of the source -> x0 of the edit, a small U-Net's residual.
-
-    sources [N, C, H, W] are the latents it learns on, `batch` of them drawn for each sample; the
-    first ones are shown. At the start it is the identity.
-    """
-
-    def __init__(self, prior, sources, batch=4, rng=None):
-        super().__init__()
-        from diffusers import UNet2DModel
-        self.prior, self.sources, self.batch, self.rng = prior, sources, batch, rng
-        channels, height, _ = prior.shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.net = UNet2DModel(
-                sample_size=height, in_channels=channels, out_channels=channels,
-                block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,
-                down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-        nn.init.zeros_(self.net.conv_out.weight)
-        nn.init.zeros_(self.net.conv_out.bias)
-        self.net.to(prior.device)
-
-    def translate(self, x0):
-        """x0 [B, C, H, W] -> the same shape."""
-        return x0 + self.net(x0, 0).sample
-
-    def forward(self):
-        chosen = torch.randint(len(self.sources), (self.batch,), generator=self.rng)
-        self.source = self.sources[chosen.to(self.sources.device)]
-        return self.translate(self.source)
-
-    @torch.no_grad()
-    def images(self):
-        return self.prior.decode(self.translate(self.sources[:4]))
-
-    @torch.no_grad()
-    def shown(self):
-        """The pictures that images() translates."""
-        return self.prior.decode(self.sources[:4])
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -199,16 +185,6 @@ def read_mask(path, image_path, size):
     return mask
 
 
-def read_folder(path, size):
-    """The pictures of a folder -> [N, 3, H, W]."""
-    from runs import read_image
-    files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in
-                   (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise UserError(f"{path} is no folder with pictures (png, jpg, webp)")
-    return torch.cat([read_image(file, size) for file in files])
-
-
 def kept(folder, make):
     """`make()`'s tensors from the first start on: a resumed run reads what it began with."""
     from safetensors.torch import load_file, save_file
@@ -224,16 +200,6 @@ def kept(folder, make):
     return tensors
 
 
-@torch.no_grad()
-def source_latents(settings, prior, rng):
-    """What a Translator learns on, a folder's pictures or the prior's samples: x0 [N, C, H, W]."""
-    if settings["image"] is None:
-        from variants import ddim_samples
-        return ddim_samples(prior, [settings["source"]] * settings["pictures"], rng)
-    images = read_folder(settings["image"], prior.image_size).to(prior.device)
-    return torch.cat([prior.encode_image(part) for part in images.split(16)])
-
-
 def build(settings, prior, method, rng, folder, anew):
     """The generator that starts at the source image, the target's cond, both φ."""
     from runs import phi_of, read_image
@@ -241,6 +207,7 @@ def build(settings, prior, method, rng, folder, anew):
     phi = phi_of(settings, prior, method, settings["target"])
     phi_z = phi_of(settings, prior, method, settings["source"])
     if settings["network"]:
+        from translation import Translator, source_latents
         sources = kept(folder, lambda: {"source": source_latents(settings, prior, rng)})["source"]
         generator = Translator(prior, sources.to(prior.device), settings["batch"], rng)
         return generator, y, phi, second_discriminator(method, phi_z, z, lambda: generator.source)
@@ -263,26 +230,9 @@ def build(settings, prior, method, rng, folder, anew):
 
 def measure(settings, prior, state, images):
     """How far from the source picture, how close to both prompts (tiny-clip, if it is there)."""
+    import runs
     before = state.generator.shown() if settings["network"] else state.generator.image
-    return distances(before, images, settings["source"], settings["target"])
-
-
-def distances(before, after, source, target, judge=None):
-    """Pictures [B, 3, H, W] in [0, 1] -> {"psnr" to `before` in dB; "clip_distance", 1 − cosine of
-    the pictures in tiny-clip's features; "clip_target", "clip_source": cosines with the prompts}.
-    """
-    error = (after - before).square().mean((1, 2, 3)).clamp(min=1e-10)
-    numbers = {"psnr": (-10 * error.log10()).mean().item()}
-    try:
-        import tiny_sd
-        clip, tokenizer = judge or tiny_sd.load_clip(Path(__file__).with_name("tiny-clip"), "cpu")
-    except (ImportError, UserError):
-        return numbers
-    small = [nn.functional.interpolate(x.cpu(), (64, 64), mode="area") for x in (before, after)]
-    a, b = (tiny_sd.image_features(clip, x) for x in small)
-    z, y = tiny_sd.text_features(clip, tokenizer, [source, target])
-    return numbers | {"clip_distance": (1 - (a * b).sum(1)).mean().item(),
-                      "clip_target": (b @ y).mean().item(), "clip_source": (b @ z).mean().item()}
+    return runs.distances(before, images, settings["source"], settings["target"])
 
 
 def finish(folder, settings, prior, state, frames):
@@ -297,39 +247,6 @@ def finish(folder, settings, prior, state, frames):
     write_grid(folder / "edited.png", pictures[1], len(after))
     write_grid(folder / "before_after.png", torch.stack(pictures, 1).flatten(0, 1), 2)
     return folder / "before_after.png"
-
-
-def apply_network(folder, image, out=None):
-    """Translate a picture, or every picture of a folder, by the network trained in `folder`."""
-    import json
-
-    from diffusers import UNet2DModel
-
-    from runs import read_image, write_grid
-    try:
-        settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))["settings"]
-        net = UNet2DModel.from_pretrained(Path(folder) / "network", local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no trained network ({type(error).__name__}): train one "
-                        "with --network") from error
-    if image is None:
-        raise UserError("give the --image, or a folder of them, to --apply the network to")
-    prior = Prior.from_pretrained(settings["model"])
-    size = prior.image_size
-    before = read_folder(image, size) if Path(image).is_dir() else read_image(image, size)
-    net.to(prior.device)
-    with torch.no_grad():
-        after, seconds = [], []
-        for picture in before.split(1):
-            began = time.perf_counter()
-            x0 = prior.encode_image(picture.to(prior.device))
-            after.append(prior.decode(x0 + net(x0, 0).sample).cpu())
-            seconds.append(time.perf_counter() - began)
-    out = Path(out or Path(folder) / "applied.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = torch.stack([before, torch.cat(after)], 1).flatten(0, 1)
-    write_grid(out, (255 * pictures).round().byte(), 2)
-    print(f"{1000 * sorted(seconds)[len(seconds) // 2]:.0f} ms per picture\n{out}")
 
 
 def main(argv=None):
@@ -348,6 +265,7 @@ def main(argv=None):
         return runs.main(argv, program)
     try:
         given = parser.parse_args(arguments)
+        from translation import apply_network
         apply_network(given.apply, given.image, given.out)
     except (UserError, OSError) as mistake:
         print(f"editing.py: {mistake}", file=sys.stderr)

@@ -2,11 +2,12 @@
 
     python reproduce.py mixture        # figures/mixture.png: methods at their optimum; CPU, 10 s
     python reproduce.py methods        # figures/methods.png: sampling, SDS, VSD, ASD; CPU, 10 min
+    python reproduce.py edits          # figures/edits.png: Eq. 11, three edits by DDS and by ASD
+    python reproduce.py edit-table     # figures/edit-table.json: 60 edits by each, with errors
 """
 
 import argparse
 import contextlib
-import itertools
 import math
 import os
 
@@ -14,6 +15,8 @@ import torch
 
 import asd
 from conftest import GaussianMixture, particle_eps, randn
+from runs import distances, read_image
+from variants import ddim_samples
 
 # Every method is Eq. 7 with one choice, the noise prediction that stands for the fake samples.
 # ε: the added noise; ε_g = E[ε | x_t] over the particles; ε_y: the prior's conditional prediction.
@@ -148,10 +151,8 @@ PROMPTS = ["a red apple", "a fox", "a hamburger", "a rocket", "a mushroom"]
 
 def methods_figure(path, side=160):
     """Draw the same prompts and seed by sampling (50 DDIM steps, guidance 3) and by each method."""
-    from PIL import Image, ImageDraw, ImageFont
-
     prior = asd.Prior.from_pretrained("tiny-sd")
-    columns = [("sampling", ddim_samples(prior, PROMPTS))]
+    columns = [("sampling", sampled(prior, PROMPTS))]
     for method in asd.METHODS:
         images = []
         for prompt in PROMPTS:
@@ -160,34 +161,17 @@ def methods_figure(path, side=160):
             images.append(latents.images())
             print(f"{method}: {prompt}")
         columns.append((method.upper(), torch.cat(images)))
-    top, left = side // 4, side
-    size = (left + side * len(columns), top + side * len(PROMPTS))
-    sheet = Image.new("RGB", size, "white")
-    write, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=side // 8)
-    for i, (name, images) in enumerate(columns):
-        write.text((left + side * (i + 0.5), top // 2), name, "black", font, anchor="mm")
-        for j, image in enumerate(images):
-            picture = Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy())
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (left + side * i, top + side * j))
-    for j, prompt in enumerate(PROMPTS):
-        write.text((left // 2, top + side * (j + 0.5)), prompt, "black", font, anchor="mm")
-    save_png(sheet, path)
+    names, images = zip(*columns, strict=True)
+    rows = [(prompt, torch.stack(row)) for prompt, row in zip(PROMPTS, zip(*images, strict=True),
+                                                              strict=True)]
+    sheet(path, names, rows, side)
 
 
-@torch.no_grad()
-def ddim_samples(prior, prompts, steps=50, lam=3.0, seed=0):
-    """Text-to-image with the deterministic DDIM sampler -> RGB [B, 3, H, W] in [0, 1]."""
-    y, null = prior.encode_text(prompts), prior.encode_text([""])
+def sampled(prior, prompts, seed=0):
+    """Text-to-image of every prompt from the same noise -> RGB [B, 3, H, W] in [0, 1]."""
     rng = torch.Generator().manual_seed(seed)
-    x_t = torch.randn(1, *prior.shape, generator=rng).repeat(len(prompts), 1, 1, 1)
-    times = torch.linspace(prior.steps - 1, 0, steps + 1).round().long()
-    for now, then in itertools.pairwise(times):
-        t = now.expand(len(prompts))
-        eps = asd.cfg_noise(*asd.predict_prior(prior, x_t, t, y, null, lam), lam)
-        x0 = (x_t - prior.sigmas[now] * eps) / prior.alphas[now]
-        x_t = asd.add_noise(x0, eps, prior.alphas[then], prior.sigmas[then])
-    return prior.decode(x_t)
+    x_T = torch.randn(1, *prior.shape, generator=rng).repeat(len(prompts), 1, 1, 1)
+    return prior.decode(ddim_samples(prior, prompts, x_T))
 
 
 def save_png(picture, path):
@@ -197,7 +181,93 @@ def save_png(picture, path):
     os.replace(path + ".tmp", path)
 
 
-FIGURES = {"mixture": mixture_figure, "methods": methods_figure}
+# kind of edit: (example picture, what it is, what it is to become)
+EDITS = {
+    "simplification": ("fox", "a 3d render of a fox", "a flat icon of a fox"),
+    "refinement": ("dog-flat", "a flat icon of a dog", "a 3d render of a dog"),
+    "replacement": ("cat", "a 3d render of a cat", "a 3d render of a dog"),
+}
+
+
+def edits_figure(path, side=192):
+    """Three edits, a row each: the source, by Delta Denoising Score, by ASD."""
+    import editing
+    prior = asd.Prior.from_pretrained("tiny-sd")
+    rows = []
+    for kind, (name, source, target) in EDITS.items():
+        image = read_image(asd.HERE / "examples" / f"{name}.png", prior.image_size)
+        edited = [editing.edit(prior, image, [source], [target], method)
+                  for method in ("dds", "asd")]
+        rows.append((f"{kind}:\n{source}\n-> {target}", torch.cat([image, *edited])))
+        print(kind)
+    sheet(path, ["source", "DDS", "ASD"], rows, side)
+
+
+def sheet(path, columns, rows, side, left=None):
+    """A labelled grid: column names, and for each row its label and pictures [N, 3, H, W]."""
+    from PIL import Image, ImageDraw, ImageFont
+    top, left = side // 4, left or round(1.1 * side)
+    page = Image.new("RGB", (left + side * len(columns), top + side * len(rows)), "white")
+    write = ImageDraw.Draw(page)
+    font, small = (ImageFont.load_default(size=side // n) for n in (9, 13))
+    for i, name in enumerate(columns):
+        write.text((left + side * (i + 0.5), top // 2), name, "black", font, anchor="mm")
+    for j, (label, images) in enumerate(rows):
+        write.multiline_text((left // 2, top + side * (j + 0.5)), label, "black", small,
+                             anchor="mm", align="center")
+        for i, image in enumerate(images):
+            picture = Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy())
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+            page.paste(picture, (left + side * i, top + side * j))
+    save_png(page, path)
+
+
+CONCEPTS = """fox,cat,dog,red apple,hamburger,rocket,mushroom,penguin,frog,pizza,tiger,lion,
+panda,cherries,strawberry,pineapple,guitar,owl,snail,whale""".replace("\n", "").split(",")
+
+
+def edit_table(path, count=20, methods=("dds", "asd")):
+    """Edits of every kind of the prior's own samples; prints means ± standard errors.
+
+    Sources are sampled ("a 3d render of a fox", …), 20 of each kind. Replacement turns each concept
+    into the next one of the list.
+    """
+    import json
+
+    import editing
+    import tiny_sd
+    prior = asd.Prior.from_pretrained("tiny-sd")
+    names = [tiny_sd.articled(concept) for concept in CONCEPTS[:count]]
+    prompts = {
+        "simplification": [(f"a 3d render of {n}", f"a flat icon of {n}") for n in names],
+        "refinement": [(f"a flat icon of {n}", f"a 3d render of {n}") for n in names],
+        "replacement": [(f"a 3d render of {n}", f"a 3d render of {names[i - 1]}")
+                        for i, n in enumerate(names)]}
+    found = {}
+    for kind, pairs in prompts.items():
+        sources, targets = (list(x) for x in zip(*pairs, strict=True))
+        before = sampled(prior, sources)
+        edited = {"source": before, "target, sampled": sampled(prior, targets)}
+        for method in methods:
+            size = count if editing.METHODS[method].phi == "noise" else 1
+            edited[method] = torch.cat([editing.edit(
+                prior, before[i:i + size], sources[i:i + size], targets[i:i + size], method)
+                for i in range(0, count, size)])
+        for name, after in edited.items():
+            each = [distances(before[i:i + 1], after[i:i + 1], *pairs[i])
+                    for i in range(count)]
+            row = {key: torch.tensor([e[key] for e in each]) for key in each[0]}
+            found[f"{kind}, {name}"] = {key: (x.mean().item(), x.std().item() / count ** 0.5)
+                                        for key, x in row.items()}
+            print(f"{kind:15} {name:16}", "  ".join(
+                f"{key} {mean:6.3f} ± {error:.3f}"
+                for key, (mean, error) in found[f"{kind}, {name}"].items()), flush=True)
+    with open(path, "w") as file:
+        json.dump(found, file, indent=1)
+
+
+FIGURES = {"mixture": mixture_figure, "methods": methods_figure, "edits": edits_figure,
+           "edit-table": edit_table}
 
 
 def main(argv=None):
@@ -205,7 +275,8 @@ def main(argv=None):
     parser.add_argument("figure", choices=list(FIGURES))
     parser.add_argument("--out", help="default: figures/<figure>.png")
     arguments = parser.parse_args(argv)
-    path = arguments.out or f"figures/{arguments.figure}.png"
+    ending = "json" if arguments.figure.endswith("table") else "png"
+    path = arguments.out or f"figures/{arguments.figure}.{ending}"
     FIGURES[arguments.figure](path)
     print(path)
 

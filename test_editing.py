@@ -18,6 +18,7 @@ from PIL import Image
 import asd
 import editing
 import runs
+import translation
 from conftest import cosine, fixed_mixture, mixtures, randn
 from test_asd import close, guidance, levels, mutants, noise, seeds, shapes, slope
 from test_distill import folders, go, load, prior, rng, scramble, trainable  # noqa: F401
@@ -252,7 +253,7 @@ def test_outside_the_mask_nothing_changes(prior):                               
 
 def test_a_network_starts_as_the_identity_and_draws_its_sources(prior):          # noqa: F811
     sources = torch.randn(6, *prior.shape, generator=rng())
-    net = editing.Translator(prior, sources, batch=3, rng=rng(1))
+    net = translation.Translator(prior, sources, batch=3, rng=rng(1))
     x0 = net()
     assert x0.shape == (3, *prior.shape) and torch.equal(x0, net.source)
     assert all(any(torch.equal(x, s) for s in sources) for x in net.source)
@@ -363,3 +364,16 @@ def test_a_run_of_another_program_is_not_resumed(cli, capsys):
     assert cli("--method", "dds", "--steps", 1)[0] == 0
     assert runs.main(["--resume", "run"]) == 2
     assert "editing.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["csd", "exact", "vsd", "dds"])
+def test_other_methods_edit_too(prior, name):                                    # noqa: F811
+    """As a function, without the command line: rows of asd.py and variants.py."""
+    row = editing.methods()["asd" if name == "exact" else name]
+    if name == "exact":
+        row = replace(row, phi="exact", gamma=-0.5)
+    image = torch.rand(2, 3, *prior.image_size, generator=rng())
+    after = editing.edit(prior, image, ["a red apple"] * 2, ["a blue fox"] * 2,
+                         replace(row, steps=2, lr=0.1))
+    assert after.shape == image.shape and not torch.allclose(
+        after, prior.decode(prior.encode_image(image)))
