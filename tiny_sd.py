@@ -242,6 +242,7 @@ def make_data(args):
         row["held_out"] = random.Random(i).random() < 1 / 40
     save_file({"pictures": torch.stack(pictures)}, DATA / "pictures.safetensors")
     (DATA / "captions.json").write_text(json.dumps(rows))
+    shutil.rmtree(DATA / "tokenizer", ignore_errors=True)
     concepts = {row["concept"] for row in rows if row["style"] != "solid"}
     print(f"{len(rows)} pictures: {len(concepts)} concepts in 3 styles, the rest solids")
 
@@ -328,6 +329,14 @@ def make_unet():
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
 
 
+def data_tokenizer(rows):
+    """The captions' tokenizer, made once: ties between merges are not broken alike every time."""
+    from transformers import CLIPTokenizer
+    if (DATA / "tokenizer" / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(DATA / "tokenizer", model_max_length=CONTEXT)
+    return make_tokenizer([c for row in rows for c in row["captions"]], DATA / "tokenizer")
+
+
 def make_text_encoder(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
     return CLIPTextModel(CLIPTextConfig(**text_config(tokenizer)))
@@ -405,7 +414,8 @@ class Trainer:
     def run(self, loss_function, device):
         """Call loss_function() -> (loss, {term: value}) until the time is up."""
         bar = tqdm(total=round(self.seconds), initial=round(self.spent), unit="s", desc=self.name)
-        saved, tick, smooth = time.time(), time.time(), {}
+        saved = tick = time.time()
+        smooth = {}
         while self.unfinished:
             done = self.spent / self.seconds
             rate = min(1, (self.step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
@@ -416,6 +426,11 @@ class Trainer:
             if not torch.isfinite(loss):
                 raise UserError(f"{self.name}: the loss is {loss.item()} at step {self.step}")
             loss.backward()
+            if tick == saved and self.step:       # torch.compile once lost most of them, silently
+                still = sum(p.grad is None or not p.grad.any() for p in self.parameters)
+                if still:
+                    raise UserError(f"{self.name}: {still} of {len(self.parameters)} parameters "
+                                    "have no gradient")
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -520,9 +535,9 @@ def cached_latents(vae, pictures, device, variants=4):
 
 
 def train_unet(args, vae):
-    """UNet and text encoder together on cached latents: min-SNR-5 weights, 10 % null captions."""
+    """UNet and text encoder together on cached latents; 10 % of the captions are null."""
     pictures, rows = load_data()
-    tokenizer = make_tokenizer([c for row in rows for c in row["captions"]], DATA / "tokenizer")
+    tokenizer = data_tokenizer(rows)
     text_encoder, unet, scheduler = make_text_encoder(tokenizer), make_unet(), make_scheduler()
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
     trainer = Trainer("unet", both, args.minutes_unet, 1.2e-3, args)
@@ -531,7 +546,6 @@ def train_unet(args, vae):
     ids = torch.stack([tokenize(tokenizer, [row["captions"][k] for row in rows]) for k in (0, 1)])
     ids, null = ids.to(args.device), tokenize(tokenizer, [""]).to(args.device)
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
-    forward = torch.compile(unet.to(memory_format=torch.channels_last)) if args.compile else unet
     weight = torch.tensor([0.2 if row["style"] == "solid" else 1.0 for row in rows])
 
     def loss_function():
@@ -543,9 +557,11 @@ def train_unet(args, vae):
         eps = torch.randn_like(x0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         x_t = scheduler.add_noise(x0, eps, t)
-        predicted = forward(x_t, t, text_encoder(tokens).last_hidden_state).sample.float()
+        predicted = unet(x_t, t, text_encoder(tokens).last_hidden_state).sample.float()
         error = (predicted - eps).square().mean((1, 2, 3))
-        loss = (error * snr.clamp(max=5) / snr).mean()
+        # the error of x0 is error / snr; its weight is the SNR within [1, 5]: not more than 5
+        # (min-SNR), and not less than 1 (truncated SNR), or layouts follow the noise, not the words
+        loss = (error * snr.clamp(1, 5) / snr).mean()
         return loss, {"loss": loss.detach(), "mse": error.mean().detach()}
 
     trainer.run(loss_function, args.device)
@@ -555,7 +571,7 @@ def train_unet(args, vae):
 def train_clip(args):
     """Contrastive: every caption that is true of a picture counts as its positive."""
     pictures, rows = load_data()
-    tokenizer = make_tokenizer([c for row in rows for c in row["captions"]], DATA / "tokenizer")
+    tokenizer = data_tokenizer(rows)
     clip = make_clip(tokenizer)
     trainer = Trainer("clip", clip, args.minutes_clip, 1e-3, args)
     pictures = pictures.to(args.device)
@@ -796,7 +812,6 @@ def parse(argv):
     p.add_argument("--minutes", type=float, default=120, help="in all; with --only, of that part")
     p.add_argument("--only", choices=["vae", "decoder", "unet", "clip"])
     p.add_argument("--batch", type=int, default=64, help="pictures per step of the UNet")
-    p.add_argument("--compile", action="store_true", help="torch.compile the UNet")
     p = commands.add_parser("evaluate", help="print the numbers of the model cards")
     p = commands.add_parser("sample", help="text-to-image; without prompts the contact sheet")
     p.add_argument("prompt", nargs="*")
