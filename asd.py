@@ -458,8 +458,8 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 METHODS = {
     "sds": Method(phi="noise"),
     "vsd": Method(gamma=0.0),
-    # Eq. 10 is affine at γ = −1, φ never settles: on tiny-sd "a red apple" is dark by 300 steps
-    "asd": Method(gamma=-1.0, steps=220),
+    # Eq. 10 is affine at γ = −1, φ never settles: θ must be slow, or colours run away (on tiny-sd)
+    "asd": Method(gamma=-1.0, lr=0.01, steps=350),
 }
 
 

@@ -20,7 +20,7 @@ The loop is asd.distill, which subtracts `second`. Notation as in asd.py; z is t
 images are RGB [B, 3, H, W] in [0, 1].
 """
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -64,14 +64,15 @@ class Edit(Method):
     phi_z: str = "source"
 
 
+# plain SGD, as in the DDS notebook: Adam would blow up what the two discriminators agree on
+SETTING = {"optimizer": "sgd", "lr": 0.05, "steps": 60}
 METHODS = {
-    "asd": Edit(optimizer="sgd", lr=0.05, steps=100),
-    "asd-edit": Edit(optimizer="sgd", lr=0.05, steps=100, phi_z="edit"),
-    "asd-10": Edit(optimizer="sgd", lr=0.05, steps=100, phi_z="text"),
+    "asd": Edit(**SETTING),
+    "asd-edit": Edit(**SETTING, phi_z="edit"),
+    "asd-10": Edit(**SETTING, phi_z="text"),
     # Delta Denoising Score: t in 50 … 948 of 1000, ω = 1
-    "dds": Edit(phi="noise", omega="1", t_min=0.05, t_max=0.948, optimizer="sgd", lr=0.05,
-                steps=100),
-    "sds": Edit(phi="noise", phi_z="none", optimizer="sgd", lr=0.05, steps=100),
+    "dds": Edit(**SETTING, phi="noise", omega="1", t_min=0.05, t_max=0.948),
+    "sds": Edit(**SETTING, phi="noise", phi_z="none"),
 }
 
 
@@ -81,7 +82,8 @@ def methods():
         from variants import METHODS as others
     except ImportError:
         others = {}
-    return {name: Edit(**asdict(row)) for name, row in (ASD_METHODS | others).items()} | METHODS
+    rows = (ASD_METHODS | others).items()
+    return {name: Edit(**asdict(row) | SETTING) for name, row in rows} | METHODS
 
 
 def second_discriminator(method, phi_z, z, source):
@@ -105,6 +107,8 @@ def edit(prior, images, sources, targets, method="asd", seed=0, callback=None):
     One φ_y and one φ_z serve the whole batch; methods without φ edit each picture on its own.
     """
     method = METHODS[method] if isinstance(method, str) else method
+    if method.optimizer == "sgd":                # the loop's loss is the mean over the batch
+        method = replace(method, lr=method.lr * len(images))
     rng = torch.Generator().manual_seed(seed)
     generator = Latents(prior, len(images), rng, images)
     phi, phi_z = (make_phi(method.phi, prior, prompts, seed=seed, lam=method.lam,

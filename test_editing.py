@@ -377,3 +377,14 @@ def test_other_methods_edit_too(prior, name):                                   
                          replace(row, steps=2, lr=0.1))
     assert after.shape == image.shape and not torch.allclose(
         after, prior.decode(prior.encode_image(image)))
+
+
+def test_a_batch_is_edited_as_its_pictures_are(prior, monkeypatch):              # noqa: F811
+    """Without φ, SGD moves each picture of a batch as far as it would move it alone."""
+    monkeypatch.setattr(asd, "draw", lambda random, x0, low, high: (
+        torch.full((len(x0),), 400), torch.ones_like(x0)))
+    image = torch.rand(2, 3, *prior.image_size, generator=rng())
+    row = replace(editing.METHODS["dds"], steps=2)
+    together = editing.edit(prior, image, ["a red apple"] * 2, ["a blue fox"] * 2, row)
+    alone = editing.edit(prior, image[1:], ["a red apple"], ["a blue fox"], row)
+    torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-4)
