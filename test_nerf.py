@@ -1,0 +1,843 @@
+"""The NeRF: encoding, compositing, rendering, kernels, fitting; and text-to-3D's generator.
+
+The Triton kernels run in Triton's interpreter where there is no CUDA. The last are benchmarks.
+"""
+import functools
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import nerf
+import solids
+from nerf import NeRF, composite, hash_encode, layout, render
+from test_distill import folders  # noqa: F401 (a fixture)
+
+try:                                 # whether the interpreter runs is settled by Triton's import
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        import triton
+except ImportError:
+    triton = None
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+seeds = st.integers(0, 2 ** 31)
+DOUBLE = {"dtype": torch.float64}
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+RESOLUTIONS, SIZE = (2, 3, 5), 64                    # two dense levels and a hashed one
+close = torch.testing.assert_close
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=rng(seed), **DOUBLE)
+
+
+def table(features=2, seed=1):
+    return rand(layout(RESOLUTIONS, SIZE)[0][-1], features, seed=seed) - 0.5
+
+
+def small(**changes):
+    return NeRF(**{"levels": 3, "size": 1 << 10, "base": 4, "finest": 12, "width": 8, "cells": 8,
+                   "kernels": "torch"} | changes)
+
+
+# ---------------------------------------------------------------------------------- compositing
+@given(sigma=st.floats(0, 30), length=st.floats(0, 3), S=st.integers(1, 20))
+def test_composite_of_constant_density(sigma, length, S):
+    """Opacity 1 − e^{−σd}, whatever the number of samples."""
+    out, opacity = composite(torch.full((1, S), sigma, **DOUBLE),
+                             torch.full((1,), length / S, **DOUBLE), torch.ones(1, S, 1, **DOUBLE))
+    close(opacity, torch.tensor([1 - math.exp(-sigma * length)], **DOUBLE), **TIGHT)
+    close(out[:, 0], opacity, **TIGHT)
+
+
+def test_composite_of_two_slabs():
+    """By hand: half of the light stops in the red slab in front, a quarter in the blue one."""
+    half = math.log(2)
+    out, opacity = composite(torch.tensor([[0, half / 0.1, 0, half / 0.1]], **DOUBLE),
+                             torch.tensor([0.1], **DOUBLE),
+                             torch.tensor([[[9, 9], [1, 0], [9, 9], [0, 1]]], **DOUBLE))
+    close(out, torch.tensor([[0.5, 0.25]], **DOUBLE), **TIGHT)
+    close(opacity, torch.tensor([0.75], **DOUBLE), **TIGHT)
+
+
+def weights(sigma, delta):
+    """[R, S] of composite: what it makes of the values 1 at one sample, 0 at the others."""
+    eye = torch.eye(sigma.shape[1], **DOUBLE)
+    return composite(sigma, delta, eye.expand(len(sigma), -1, -1))
+
+
+@given(seeds, st.integers(1, 12))
+def test_composite_weights(seed, S):
+    """0 ≤ w_i ≤ 1, Σ w_i = opacity = 1 − exp(−Σ σ_i δ) ≤ 1, and a denser sample hides the next."""
+    sigma, delta = 40 * rand(5, S, seed=seed) ** 3, rand(5, seed=seed + 1)
+    w, opacity = weights(sigma, delta)
+    assert (w >= 0).all() and (w <= 1).all() and (opacity <= 1 + 1e-12).all()
+    close(w.sum(1), opacity, **TIGHT)
+    close(opacity, 1 - torch.exp(-(sigma * delta[:, None]).sum(1)), **TIGHT)
+    denser = sigma.clone()
+    denser[:, 0] += 1
+    assert (weights(denser, delta)[0][:, 1:] <= w[:, 1:]).all()
+
+
+@given(seeds, st.integers(2, 4))
+def test_composite_of_split_samples(seed, parts):
+    """A sample cut into equal parts of its density and value gives the same."""
+    sigma, delta, values = (rand(3, 6, seed=seed) * 9, rand(3, seed=seed + 1),
+                            rand(3, 6, 4, seed=seed))
+    finer = composite(sigma.repeat_interleave(parts, 1), delta / parts,
+                      values.repeat_interleave(parts, 1))
+    close(finer, composite(sigma, delta, values), **TIGHT)
+
+
+def test_composite_gradient():
+    inputs = [v.requires_grad_() for v in (rand(2, 5), rand(2), rand(2, 5, 3))]
+    assert torch.autograd.gradcheck(composite, inputs)
+
+
+def test_composite_of_extreme_densities():
+    """Fog in front of a wall in float32: e^{−0.1} of the light comes through."""
+    sigma = torch.tensor([[0.1, 1e4, 1e9]], requires_grad=True)
+    out, opacity = composite(sigma, torch.ones(1), torch.tensor([[[0.0], [1.0], [0.0]]]))
+    close(out, torch.tensor([[math.exp(-0.1)]]), rtol=1e-6, atol=0)
+    (out.sum() + opacity.sum()).backward()
+    assert sigma.grad.isfinite().all()
+
+
+# -------------------------------------------------------------------------------- hash encoding
+def index(level, vertex):
+    """The row of a vertex in the table, in plain Python."""
+    offsets, dense = layout(RESOLUTIONS, SIZE)
+    x, y, z = vertex
+    n = RESOLUTIONS[level]
+    if level < dense:
+        return offsets[level] + x + (n + 1) * (y + (n + 1) * z)
+    return offsets[level] + (x ^ y * 2654435761 ^ z * 805459861) % 2 ** 32 % SIZE
+
+
+@pytest.mark.parametrize("level", range(len(RESOLUTIONS)))
+def test_encoding_is_exact_at_the_vertices(level):
+    """At a vertex, its row of the table: of its own in a dense level, of its hash in another."""
+    n = RESOLUTIONS[level]
+    vertices = list(itertools.product(range(n + 1), repeat=3))
+    rows = [index(level, v) for v in vertices]
+    here = hash_encode(torch.tensor(vertices, **DOUBLE) / n, table(), RESOLUTIONS, SIZE)
+    close(here[:, 2 * level:2 * level + 2], table()[rows], **TIGHT)
+    if level < layout(RESOLUTIONS, SIZE)[1]:
+        assert len(set(rows)) == len(rows)
+
+
+@given(seeds)
+def test_encoding_is_trilinear_within_a_cell(seed):
+    """Σ over the cell's vertices of Π (1 − |x − v|) table[v], and so linear along each axis."""
+    x = rand(1, 3, seed=seed)
+    expected = torch.zeros(2, **DOUBLE)
+    for vertex in itertools.product(range(6), repeat=3):
+        w = (1 - (x[0] * 5 - torch.tensor(vertex)).abs()).clamp(min=0).prod()
+        expected += w * table()[index(2, vertex)]
+    close(hash_encode(x, table(), RESOLUTIONS, SIZE)[0, 4:], expected, **TIGHT)
+    cell, axis = (x * 30).floor() / 30, torch.eye(3, **DOUBLE)[seed % 3] / 30    # the lcm
+    low, mid, high = (hash_encode(cell + s * axis + 1e-12, table(), RESOLUTIONS, SIZE)
+                      for s in (0.01, 0.5, 0.99))
+    close(low + high, 2 * mid, **TIGHT)
+
+
+@given(seeds)
+def test_encoding_is_continuous_across_cells(seed):
+    x = rand(8, 3, seed=seed)
+    x[:, seed % 3] = (torch.arange(8) % 5 / 5).to(x)          # on a face between cells of a level
+    x = x.clamp(1e-6, 1 - 1e-6)
+    step = 1e-9 * torch.eye(3, **DOUBLE)[seed % 3]
+    close(hash_encode(x - step, table(), RESOLUTIONS, SIZE),
+          hash_encode(x + step, table(), RESOLUTIONS, SIZE), rtol=0, atol=1e-7)
+
+
+def test_encoding_gradient():
+    """Of the table and of the positions (where the normals come from)."""
+    x = (0.05 + 0.9 * rand(5, 3, seed=3)).requires_grad_()
+    encode = lambda x, t: hash_encode(x, t, RESOLUTIONS, SIZE)
+    assert torch.autograd.gradcheck(encode, (x, table().requires_grad_()), atol=1e-6)
+
+
+def test_encoding_takes_any_number_of_points_and_the_edge():
+    for n in (0, 1, 7):
+        assert hash_encode(rand(n, 3), table(), RESOLUTIONS, SIZE).shape == (n, 6)
+    corner = hash_encode(torch.ones(1, 3, **DOUBLE), table(), RESOLUTIONS, SIZE)
+    close(corner[0, :2], table()[index(0, (2, 2, 2))], **TIGHT)
+
+
+# ------------------------------------------------------------------------------- Triton kernels
+@pytest.fixture
+def device(monkeypatch):
+    """Where the kernels run: on CUDA, or on the CPU in Triton's interpreter."""
+    if triton is None:
+        pytest.skip("Triton is not installed")
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return "cpu"
+
+
+def both_ways(function, inputs, seed):
+    """Outputs and gradients of function(kernels, *inputs) as ["torch"], ["triton"]."""
+    results = []
+    for kernels in ("torch", "triton"):
+        outputs = function(kernels, *inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum((rand(*o.shape, seed=seed).to(o) * o).sum() for o in outputs)
+        results.append([*outputs, *torch.autograd.grad(
+            loss, [v for v in inputs if v.requires_grad])])
+    return results
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("N, features", [(5, 2), (37, 4)])
+def test_kernels_encode_as_their_twin(device, dtype, tolerance, N, features):
+    """Forward, and the gradients of the table (rows met twice) and of the positions."""
+    x, rows = rand(N, 3, seed=N), table(features)
+    x[0], x[-1] = 0, 1
+    inputs = [v.to(device, dtype).requires_grad_() for v in (x, rows)]
+    call = lambda kernels, x, t: hash_encode(x, t, RESOLUTIONS, SIZE, kernels)
+    close(*both_ways(call, inputs, seed=2), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("S, C", [(1, 1), (6, 4), (8, 3)])
+def test_kernels_composite_as_their_twin(device, dtype, tolerance, S, C):
+    sigma, values = 5 * rand(4, S), rand(4, S, C)
+    sigma[0] = 0
+    inputs = [v.to(device, dtype) for v in (sigma, rand(4, seed=5), values)]
+    inputs = [inputs[0].requires_grad_(), inputs[1], inputs[2].requires_grad_()]
+    call = lambda kernels, *v: composite(*v, kernels)
+    close(*both_ways(call, inputs, seed=2), rtol=tolerance, atol=tolerance)
+
+
+def test_kernels_render_as_their_twins(device):
+    one, two = (small(kernels=kernels).to(device) for kernels in ("torch", "triton"))
+    o, d = (v.to(device) for v in camera_rays(4))
+    close(render(one, o, d, 8), render(two, o, d, 8), rtol=1e-4, atol=1e-5)
+
+
+COMPILE = """
+import itertools, nerf, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+for kernel, backward in itertools.product(nerf.triton_kernels(), (False, True)):
+    constants = {"L": 8, "C": 2, "BLOCK": 64, "COLUMNS": 4, "BACKWARD": backward}
+    types = {"levels": "*i32", "N": "i32", "S": "i32", "mask": "i32"}
+    types |= {name: "constexpr" for name in constants}
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    print(len(triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]))
+"""
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_kernels_compile_for_a_gpu():
+    """To machine code for sm_80, which needs no GPU; in a process without the interpreter."""
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True)
+    assert [int(size) > 0 for size in done.stdout.split()] == [True] * 4, done.stderr[-900:]
+
+
+def test_kernels_are_chosen(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.zeros(1)
+    assert not nerf.use_triton("torch", x) and not nerf.use_triton("auto", x)
+    with pytest.raises(ValueError, match="--kernels auto or torch"):
+        nerf.use_triton("triton", x)
+
+
+# -------------------------------------------------------------------------------- rays, cameras
+def camera_rays(size, elevation=20.0, azimuth=30.0, distance=2.7, fovy=40.0):
+    c2w = solids.camera_to_world(elevation, azimuth, distance)
+    return (v[0] for v in nerf.rays(c2w, fovy, size))
+
+
+def test_rays_go_through_the_pixels_centres():
+    """By hand: the middle pixel looks down −z; the first of 2 lies a quarter of the picture off."""
+    o, d = nerf.rays(torch.eye(4, **DOUBLE)[None], 90.0, 3, 5)
+    close(d[0, 1, 2], torch.tensor([0, 0, -1.0], **DOUBLE), **TIGHT)
+    o, d = nerf.rays(torch.eye(4, **DOUBLE)[None], 90.0, 2, 4)
+    expected = torch.tensor([-1.5, 0.5, -1.0], **DOUBLE)              # right is +x, up is +y
+    close(d[0, 0, 0], expected / expected.norm(), **TIGHT)
+    assert (o == 0).all()
+
+
+@given(st.floats(-80, 80), st.floats(-180, 180), st.floats(20, 60))
+def test_rays_are_those_of_solids(elevation, azimuth, fovy):
+    c2w = solids.camera_to_world(torch.tensor([elevation], **DOUBLE), azimuth, 2.7)
+    close(nerf.rays(c2w, fovy, 6), solids.rays(c2w, fovy, 6), **TIGHT)
+
+
+def test_a_camera_looks_at_the_origin():
+    o, d = camera_rays(5)
+    close(d[2, 2], -o[2, 2] / o[2, 2].norm())
+
+
+@given(seeds)
+def test_intersect_box(seed):
+    """Both ends lie on the box, the middle inside; rays that point away meet nothing."""
+    o = 3 * torch.nn.functional.normalize(rand(9, 3, seed=seed) - 0.5, dim=1)
+    d = torch.nn.functional.normalize(0.5 * (rand(9, 3, seed=seed + 1) - 0.5) - o, dim=1)
+    near, far = nerf.intersect_box(o, d, 1.0)
+    for t in (near, far):
+        close((o + t[:, None] * d).abs().amax(1), torch.ones(9, **DOUBLE), **TIGHT)
+    assert (near < far).all() and ((o + (near + far)[:, None] / 2 * d).abs().amax(1) < 1).all()
+    near, far = nerf.intersect_box(o, -d, 1.0)
+    assert (near == far).all()
+
+
+def test_intersect_box_by_hand():
+    o = torch.tensor([[-3.0, 0, 0], [0, 0, 0], [-3, 2, 0]])
+    near, far = nerf.intersect_box(o, torch.tensor([[1.0, 0, 0]] * 3), 1.0)
+    assert near.tolist()[:2] == [2, 0] and far.tolist()[:2] == [4, 1] and near[2] == far[2]
+
+
+# ------------------------------------------------------------------------------------ rendering
+class Field(nn.Module):
+    """What render() needs of a field: density and colour of cells, and which cells it skips."""
+    box, kernels = 1.0, "torch"
+
+    def __init__(self, sigma, rgb, occupied):
+        super().__init__()
+        self.sigma, self.rgb, self.occupied, self.cells = sigma, rgb, occupied, len(sigma)
+
+    def cell(self, x):
+        i = ((x + 1) / 2 * self.cells).long().clamp(0, self.cells - 1).unbind(-1)
+        return (i[0] * self.cells + i[1]) * self.cells + i[2]
+
+    def geometry(self, x):
+        return self.sigma.flatten()[self.cell(x)], x
+
+    def forward(self, x, d):
+        return self.geometry(x)[0], self.rgb.view(-1, 3)[self.cell(x)]
+
+    def occupancy(self, x):
+        return self.occupied.flatten()[self.cell(x)]
+
+
+def field(seed=0, sigma=None, cells=4):
+    density = 5 * rand(cells, cells, cells, seed=seed) ** 4 if sigma is None else \
+        torch.full((cells,) * 3, sigma, **DOUBLE)
+    return Field(density, rand(cells, cells, cells, 3, seed=seed + 1),
+                 torch.ones(cells, cells, cells, dtype=torch.bool))
+
+
+def fan(seed, n=12):
+    """n rays from the sphere of radius 3 to points near the origin."""
+    o = 3 * torch.nn.functional.normalize(rand(n, 3, seed=seed) - 0.5, dim=1)
+    return o, torch.nn.functional.normalize(rand(n, 3, seed=seed + 1) - 0.5 - o, dim=1)
+
+
+@given(seeds, st.floats(0, 4), st.integers(1, 9), st.booleans())
+def test_render_of_constant_density(seed, sigma, samples, stratified):
+    """Opacity 1 − e^{−σ·chord} and depth in closed form as S → ∞; random samples change neither
+    the one, as each stands for its interval."""
+    o, d = fan(seed)
+    near, far = nerf.intersect_box(o, d, 1.0)
+    picture = render(field(sigma=sigma), o, d, samples, 0.0, rng(seed) if stratified else None, 0)
+    close(picture.opacity, 1 - torch.exp(-sigma * (far - near)), **TIGHT)
+    assert (picture.depth >= near).all() and (picture.depth <= far + 1e-9).all()
+    white = render(field(sigma=sigma), o, d, samples, 1.0, rng(seed) if stratified else None, 0)
+    close(white.rgb - picture.rgb, (1 - picture.opacity)[:, None].expand(-1, 3), **TIGHT)
+
+
+def test_render_of_nothing_and_of_a_wall():
+    o, d = fan(0)
+    near, far = nerf.intersect_box(o, d, 1.0)
+    empty, wall = render(field(sigma=0.0), o, d, 4, 0.3), render(field(sigma=1e6), o, d, 4, 0.3)
+    close(empty.rgb, torch.full((12, 3), 0.3, **DOUBLE), **TIGHT)
+    close(empty.depth, far, **TIGHT)
+    first = near + (far - near) / 8                           # the middle of the first interval
+    close(wall.depth, first, **TIGHT)
+    f = field(sigma=1e6)
+    close(wall.rgb, f(o + first[:, None] * d, d)[1], **TIGHT)
+
+
+def test_stratified_samples_stay_in_their_interval(monkeypatch):
+    o, d = fan(1)
+    seen, f = [], field(sigma=1.0)
+    monkeypatch.setattr(f, "occupancy", lambda x: seen.append(x) or f.cell(x) >= 0)
+    near, far = nerf.intersect_box(o, d, 1.0)
+    for seed in range(3):
+        render(f, o, d, 7, rng=rng(seed))
+    for x in seen:
+        t = ((x - o[:, None]) * d[:, None]).sum(-1)
+        i = (t - near[:, None]) / ((far - near) / 7)[:, None]
+        assert (i.floor() == torch.arange(7)).all() and i.frac().std() > 0.1
+
+
+@given(seeds)
+def test_skipping_changes_less_than_what_is_skipped(seed):
+    """Leaving out the samples S changes a colour by at most 1 − exp(−Σ_S σδ): the light that they
+    alone could stop. And by as much where they are the first."""
+    f, (o, d), samples = field(seed), fan(seed), 10
+    whole = render(f, o, d, samples, 0.5, cutoff=0)
+    f.occupied = rand(4, 4, 4, seed=seed + 2) < 0.5
+    part = render(f, o, d, samples, 0.5, cutoff=0)
+    full, skipped = f.sigma, Field(f.sigma * ~f.occupied, f.rgb, torch.ones_like(f.occupied))
+    bound = render(skipped, o, d, samples, 0.5, cutoff=0).opacity
+    assert ((whole.rgb - part.rgb).abs().amax(1) <= bound + 1e-12).all()
+    assert (whole.opacity - part.opacity <= bound + 1e-12).all()
+    thinner = render(Field(full * f.occupied, f.rgb, torch.ones_like(f.occupied)), o, d, samples,
+                     0.5, cutoff=0)
+    close(part, thinner, **TIGHT)
+
+
+@given(seeds, st.floats(1e-3, 0.5))
+def test_early_termination_changes_less_than_the_cutoff(seed, cutoff):
+    f, (o, d) = field(seed), fan(seed)
+    f.sigma = 20 * f.sigma
+    whole, cut = (render(f, o, d, 16, 0.5, cutoff=c) for c in (0, cutoff))
+    assert ((whole.rgb - cut.rgb).abs() <= cutoff).all()
+    assert (whole.opacity - cut.opacity >= -1e-12).all()
+
+
+def test_skipping_by_the_grid_of_a_nerf():
+    """Each sample left out is less opaque than `least`, so the picture changes by at most
+    1 − (1 − least)^S; and most of the space is left out."""
+    field, samples, least = small(blob=20.0), 32, 1e-3
+    o, d = camera_rays(16)
+    with torch.no_grad():
+        whole = render(field, o, d, samples, cutoff=0)
+        field.update_grid(2 * 3 ** 0.5 / samples, least=least)    # the longest spacing there is
+        part = render(field, o, d, samples, cutoff=0)
+    assert 0.02 < field.occupied.float().mean() < 0.6
+    assert (whole.rgb - part.rgb).abs().max() <= 1 - (1 - least) ** samples
+    assert whole.opacity.max() > 0.9 and not torch.equal(whole.rgb, part.rgb)
+
+
+def test_grid_forgets_what_has_gone():
+    field = small()
+    field.update_grid(0.05)
+    there = field.occupied.float().mean()
+    field.inner[2].bias.data[0] = -100
+    for _ in range(200):
+        field.update_grid(0.05)
+    assert there > 0.05 and not field.occupied.any()
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4)])
+def test_render_takes_any_shape_in_any_chunks(shape):
+    o, d = (v[:math.prod(shape)].view(*shape, 3) for v in fan(2, 24))
+    back = rand(*shape, 3)
+    whole = render(field(), o, d, 6, back)
+    assert whole.rgb.shape == (*shape, 3) and whole.depth.shape == shape
+    with torch.no_grad():
+        close(render(field(), o, d, 6, back, chunk=5), whole, **TIGHT)
+
+
+def test_gradients_reach_all_parameters():
+    field = small(view=True)
+    o, d = camera_rays(8)
+    picture = render(field, o, d, 8, field.background.sigmoid(), rng())
+    (picture.rgb.sum() + picture.depth.sum()).backward()
+    for name, parameter in field.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+
+
+def test_normals_of_a_blob_point_outwards():
+    x = torch.randn(20, 3, generator=rng()) * 0.2
+    close(small().normal(x), torch.nn.functional.normalize(x, dim=1), rtol=0, atol=0.01)
+
+
+def test_normals_of_a_depth_map():
+    """A ball's, from its true depth: the direction from its centre."""
+    truth = solids.render(["ball"], ["red"], solids.camera_to_world(20.0, 30.0, 2.7), size=32)
+    o, d = camera_rays(32)
+    x = (o + truth.depth[0, 0, ..., None] * d)[10:22, 10:22]
+    close(nerf.depth_normals(x[None])[0], torch.nn.functional.normalize(x, dim=-1), rtol=0,
+          atol=0.05)
+
+
+def test_colours_depend_on_the_direction_only_if_asked():
+    x, d = torch.randn(9, 3, generator=rng()) * 0.3, torch.nn.functional.normalize(
+        torch.randn(9, 3, generator=rng(1)), dim=1)
+    assert torch.equal(small()(x, d)[1], small()(x, -d)[1])
+    assert not torch.equal(small(view=True)(x, d)[1], small(view=True)(x, -d)[1])
+
+
+def test_a_checkpoint_renders_the_same_picture(tmp_path):
+    field = small(view=True, seed=3)
+    nn.init.normal_(field.table, generator=rng())
+    field.update_grid(0.1)
+    field.save(tmp_path / "nerf.safetensors")
+    again = NeRF.load(tmp_path / "nerf.safetensors", kernels="torch")
+    with torch.no_grad():
+        assert all(map(torch.equal, *(render(f, *camera_rays(8), 8) for f in (field, again))))
+    (tmp_path / "other").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="is no NeRF"):
+        NeRF.load(tmp_path / "other")
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_the_same_seed_gives_the_same_field():
+    assert torch.equal(small(seed=1).table, small(seed=1).table)
+    assert not torch.equal(small(seed=1).inner[0].weight, small(seed=2).inner[0].weight)
+
+
+def test_nerf_stands_alone(tmp_path):
+    """In a folder that holds nothing else, without diffusers and without Triton."""
+    shutil.copy(nerf.__file__, tmp_path)
+    code = ("import sys, torch; from nerf import NeRF, render\n"
+            "o, d = torch.tensor([[3., 0, 0]]), torch.tensor([[-1., 0, 0]])\n"
+            "print(float(render(NeRF(blob=10.), o, d).opacity))\n"
+            "assert not {'diffusers', 'transformers', 'triton', 'asd'} & set(sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert float(done.stdout or "nan") > 0.9, done.stderr
+
+
+# -------------------------------------------------------------------------------------- fitting
+def test_solids_are_found():
+    assert nerf.find_solid("a red mug") == nerf.find_solid("Red mug") == ("mug", "red")
+    assert nerf.find_solid("an orange teddy bear") == ("teddy bear", "orange")
+    assert nerf.find_solid("mug") == ("mug", "red") and nerf.find_solid("a red fox") is None
+
+
+def test_posed_pictures_of_a_solid():
+    learnt, held_out = nerf.builtin_scene("ball", "blue", 3, 2, 16)
+    assert learnt.color.shape == (3, 16, 16, 3) and held_out.opacity.shape == (2, 16, 16)
+    close(learnt.over(1.0)[:, 0, 0], torch.ones(3, 3))
+    assert not torch.equal(learnt.origins[:2], held_out.origins)
+
+
+def transforms(folder, count, split=""):
+    """A folder in NeRF-synthetic's format: a blue ball. -> Posed."""
+    posed = nerf.builtin_scene("ball", "blue", count, 0, 32)[0]
+    azimuth = torch.rand(2, count, generator=rng())
+    c2w = solids.camera_to_world(90 * azimuth[0] - 20, 360 * azimuth[1], 2.7)
+    frames = []
+    for i in range(count):
+        alpha = posed.opacity[i, ..., None]
+        rgba = torch.cat([posed.color[i] / alpha.clamp(min=1e-6), alpha], -1).clamp(0, 1)
+        Image.fromarray((rgba * 255).round().byte().numpy()).save(folder / f"r{split}_{i}.png")
+        frames.append({"file_path": f"./r{split}_{i}", "transform_matrix": c2w[i].tolist()})
+    (folder / f"transforms{split}.json").write_text(
+        json.dumps({"camera_angle_x": math.radians(40), "frames": frames}))
+    return posed
+
+
+def test_transforms_json_is_read_back(tmp_path):
+    posed = transforms(tmp_path, 8)
+    learnt, held_out = nerf.posed_folder(tmp_path, 32)
+    assert len(learnt.color) == 7 and len(held_out.color) == 1
+    close(learnt.directions, posed.directions[:7], rtol=0, atol=1e-5)
+    close(learnt.origins, posed.origins[:7], rtol=0, atol=1e-5)
+    close(learnt.color, posed.color[:7], rtol=0, atol=0.01)
+    transforms(tmp_path, 3, "_train"), transforms(tmp_path, 2, "_test")
+    assert [len(p.color) for p in nerf.posed_folder(tmp_path, 16)] == [3, 2]
+    assert nerf.posed_folder(tmp_path, 16)[0].color.shape == (3, 16, 16, 3)
+
+
+def test_fit_finds_a_ball():
+    """A few seconds are enough for a ball: more than 20 dB on views it has not seen."""
+    learnt, held_out = nerf.builtin_scene("ball", "blue", 16, 4, 24)
+    field = NeRF(levels=4, size=1 << 12, base=4, finest=24, cells=16, density="exp",
+                 blob=5.0, blob_radius=0.6, kernels="torch")
+    losses = []
+    nerf.fit(field, learnt, 100, 256, 24, callback=lambda step, loss: losses.append(loss))
+    seen = nerf.look(field, held_out, 32)
+    assert losses[-1] < losses[0] / 4
+    assert nerf.psnr(seen.rgb, held_out.over(1.0)) > 20
+    assert nerf.compare(field, "ball", "blue", 32)["iou"] > 0.85
+
+
+def test_fit_is_repeatable():
+    learnt, _ = nerf.builtin_scene("ball", "blue", 2, 0, 16)
+    one, two = small(), small()
+    for field in (one, two):
+        nerf.fit(field, learnt, 3, 64, 8)
+    assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
+
+
+def test_psnr_by_hand():
+    assert nerf.psnr(torch.zeros(2, 5), torch.full((2, 5), 0.1)) == pytest.approx(20)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--fit", "red dragon"], "neither a folder nor a solid"),
+    (["--fit", "{tmp}"], "transforms.json cannot be used"),
+    (["--fit", "mug", "--kernels", "triton"], "need Triton and CUDA"),
+    (["--fit", "mug", "--device", "tpu9"], "tpu9"),
+    (["--fit", "mug", "--steps", "0"], "--steps"),
+    (["--prompt", " "], "--prompt that is not empty"),
+    (["--prompt", "a mug", "--distance", "3", "2"], "least value first"),
+    (["--prompt", "a mug", "--kernels", "cuda"], "--kernels"),
+])
+def test_mistakes_are_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    try:
+        status = nerf.main([flag.format(tmp=tmp_path) for flag in flags])
+    except SystemExit as stop:
+        status = stop.code
+    err = capsys.readouterr().err.strip().split("\n")
+    assert status == 2 and len(err) == 1 and message in err[0], err
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """The pictures, the mesh and the measures of a run, but small ones."""
+    for name, size in (("write_turntable", {"frames": 24, "size": 8}),
+                       ("write_views", {"size": 8}), ("extract_mesh", {"resolution": 24}),
+                       ("compare", {"samples": 4})):
+        monkeypatch.setattr(nerf, name, functools.partial(getattr(nerf, name), **size))
+
+
+def test_fit_command(tmp_path, monkeypatch, capsys, coarse):
+    monkeypatch.chdir(tmp_path)
+    assert nerf.main(["--fit", "blue ball", "--pictures", "4", "--size", "16", "--steps", "8",
+                      "--batch", "64", "--samples", "16", "--threshold", "4",
+                      "--device", "cpu"]) == 0
+    out = tmp_path / "outputs/fit-blue-ball"
+    assert {p.name for p in out.iterdir()} >= {"nerf.safetensors", "truth.png", "views.png",
+                                               "turntable.gif", "mesh.glb", "viewer.html"}
+    assert "PSNR on 8 held-out views" in capsys.readouterr().out
+    assert Image.open(out / "turntable.gif").n_frames > 20
+
+
+# ------------------------------------------------------------------------------ mesh and viewer
+class Ball(Field):
+    """Density 20 within the radius ½, smoothly; the colour is the place."""
+
+    def __init__(self):
+        super().__init__(*([torch.ones(1, 1, 1)] * 3))
+        self.table = torch.zeros(1)
+
+    def geometry(self, x):
+        return 40 * torch.sigmoid(20 * (0.5 - x.norm(dim=1))), x
+
+    def forward(self, x, d=None):
+        return self.geometry(x)[0], (x + 1) / 2
+
+    def occupancy(self, x):
+        return torch.ones_like(x[:, 0], dtype=torch.bool)
+
+    normal = NeRF.normal
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    pytest.importorskip("trimesh"), pytest.importorskip("skimage")
+    return nerf.extract_mesh(Ball(), 20.0, 48)
+
+
+def test_mesh_of_a_ball(mesh):
+    """Radius and volume, faces outwards, closed; the colours are the field's."""
+    close(torch.from_numpy(mesh.vertices).norm(dim=1),
+          torch.full((len(mesh.vertices),), 0.5, **DOUBLE), rtol=0, atol=2e-3)
+    assert mesh.volume == pytest.approx(4 / 3 * math.pi / 8, rel=0.01) and mesh.is_watertight
+    assert np.abs(mesh.visual.vertex_colors[:, :3] / 255 - (mesh.vertices + 1) / 2).max() < 0.003
+
+
+def test_mesh_of_nothing():
+    pytest.importorskip("trimesh"), pytest.importorskip("skimage")
+    with pytest.raises(ValueError, match="no surface.*--threshold"):
+        nerf.extract_mesh(Ball(), 50.0, 16)
+
+
+def test_mesh_file_and_page(mesh, tmp_path):
+    """The GLB is y-up with linear colours; the page needs nothing from outside."""
+    import trimesh
+    nerf.write_mesh(tmp_path, mesh)
+    again = trimesh.load(tmp_path / "mesh.glb", force="mesh")
+    close(torch.from_numpy(again.vertices[:, [2, 0, 1]]), torch.from_numpy(mesh.vertices),
+          rtol=0, atol=1e-5)
+    page = (tmp_path / "viewer.html").read_text()
+    assert not any(word in page for word in ("http:", "https:", "src=", "import(", "fetch"))
+
+
+def test_page_shows_the_mesh(mesh, tmp_path):
+    """In headless Chromium, opened from disk: a ball in the middle of a white page."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium here")
+    nerf.write_mesh(tmp_path, mesh)
+    subprocess.run([chromium, "--headless", "--no-sandbox", "--use-angle=swiftshader",
+                    "--enable-unsafe-swiftshader", "--hide-scrollbars", "--window-size=300,300",
+                    f"--screenshot={tmp_path / 'page.png'}", f"--user-data-dir={tmp_path / 'user'}",
+                    "--virtual-time-budget=3000", (tmp_path / "viewer.html").as_uri()],
+                   check=True, capture_output=True, timeout=120)
+    page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+    assert (page[0, 0] == 255).all() and page.std() > 10
+    assert np.ptp(page[page.shape[0] // 2, page.shape[1] // 2]) > 5        # coloured
+
+
+# ---------------------------------------------------------------------------------- text-to-3D
+class Eye:
+    """As much of a Prior as a Scene needs: x0 is the picture at half its size."""
+    device, image_size, shape = torch.device("cpu"), (16, 16), (3, 8, 8)
+
+    def encode_text(self, prompts):
+        return torch.tensor([[[float(len(prompts[0]))]]])
+
+    def encode_image(self, images):
+        assert images.shape[1:] == (3, 16, 16)
+        return torch.nn.functional.avg_pool2d(images, 2)
+
+
+def scene(**changes):
+    settings = {"views": 3, "samples": 8, "resolution": (4, 16), "late": 0.5} | changes
+    return nerf.Scene(Eye(), small(), "a mug", rng(4), 4, **settings)
+
+
+def test_scene_asks_each_view_for_its_own_prompt():
+    """The camera that φ is told is the one the picture was taken by; its word fits."""
+    s = scene(views=64)
+    c2w, cond = s.cameras()
+    place = c2w[:, :3, 3]
+    distance = place.norm(dim=1)
+    elevation = torch.rad2deg(torch.asin(place[:, 2] / distance))
+    azimuth = torch.rad2deg(torch.atan2(place[:, 1], place[:, 0]))
+    words = [solids.view_word(*pose) for pose in zip(elevation, azimuth)]
+    close(cond[:, 0, 0], torch.tensor([float(len(f"a mug, {word} view")) for word in words]))
+    assert set(words) == {"front", "side", "back", "overhead"}
+    assert (distance >= 2.75 - 1e-4).all() and (distance <= 3.1 + 1e-4).all()
+    low = elevation < 50
+    assert (elevation[low] > 4.9).all() and (elevation[low] < 35.1).all()
+    x0, cond, camera = scene()()
+    assert x0.shape == (3, 3, 8, 8) and cond.shape == (3, 1, 1) and camera.shape == (3, 16)
+
+
+def test_scene_renders_finer_later():
+    s = scene()
+    sizes = []
+    for _ in range(4):
+        s()
+        sizes.append(s.opacity.shape[-1])
+    assert sizes == [4, 4, 16, 16] and s.step == 4
+
+
+def test_scene_regularisers_by_hand():
+    s = scene(sparsity=2.0, opaque=3.0)
+    s.opacity = torch.full((1, 2, 2), 0.5, requires_grad=True)
+    s.regulariser().backward()
+    close(s.regulariser().detach(), torch.tensor(2 * math.sqrt(0.26) + 3 * math.log(2)))
+    assert (s.opacity.grad > 0).all()                             # less opacity, less loss
+    s.opacity = torch.full((1, 2, 2), 0.7, requires_grad=True)
+    scene_of_entropy = scene(opaque=1.0)
+    scene_of_entropy.opacity = s.opacity
+    scene_of_entropy.regulariser().backward()
+    assert (s.opacity.grad < 0).all()                             # more than half: to one
+
+
+@pytest.mark.parametrize("background", ["white", "random", "learnt"])
+def test_scene_backgrounds(background):
+    s = scene(background=background)
+    s.nerf.inner[2].bias.data[0] = -100
+    x0 = s()[0]
+    assert (x0 == 1).all() == (background == "white")
+    assert x0[0].flatten(1).std(1).max() < 1e-6                   # one colour per view
+    if background == "learnt":
+        x0.sum().backward()
+        assert (s.nerf.background.grad != 0).all()
+
+
+def test_scene_rates():
+    groups = scene().parameter_groups(0.01)
+    assert [group.get("lr") for group in groups] == [None, 0.001]
+    names = sum(len(group["params"]) for group in groups)
+    assert names == len(list(scene().parameters()))
+
+
+@pytest.fixture
+def text_to_3d(folders, tmp_path, monkeypatch, coarse, capsys):      # noqa: F811
+    """text_to_3d(*flags) -> (status, stdout, stderr) of a short run of the tiny model."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        if "--resume" not in flags:
+            flags = ("--prompt", "a red ball", "--model", str(folders["epsilon"]), "--out", "run",
+                     "--device", "cpu", "--samples", "8", "--resolution", "8", "16", *flags)
+        status = nerf.main([str(flag) for flag in flags])
+        return status, *capsys.readouterr()
+    return call
+
+
+def test_text_to_3d_command(text_to_3d, tmp_path):
+    """Everything a run leaves behind; an empty field costs the mesh, not the run."""
+    status, out, err = text_to_3d("--steps", 2, "--threshold", 5, "--sparsity", 1, "--opaque", 1)
+    assert status == 0 and "silhouette IoU" in out and out.endswith("run/viewer.html\n"), err
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files >= {"config.json", "metrics.jsonl", "checkpoint.safetensors", "progress.png",
+                     "phi", "nerf.safetensors", "views.png", "turntable.gif", "mesh.glb",
+                     "viewer.html"}
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 2 and row["psnr"] > 0 and 0 <= row["iou"] <= 1
+    status, out, err = text_to_3d("--steps", 1, "--threshold", 1e6, "--out", "run2",
+                                  "--method", "sds")
+    assert status == 0 and "no mesh: no surface" in err and out.endswith("turntable.gif\n")
+
+
+def test_a_resumed_run_ends_in_the_same_bits(text_to_3d, tmp_path):
+    """As long as what depends on the number of steps (--late, --t-late) does not differ."""
+    flags = ("--late", 0, "--t-late", 0, "--save-every", 1)
+    assert text_to_3d(*flags, "--steps", 3)[0] == 0
+    assert text_to_3d(*flags, "--steps", 1, "--out", "cut")[0] == 0
+    status, _, err = text_to_3d("--resume", "cut", "--steps", 3)
+    assert status == 0, err
+    whole, cut = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("run", "cut"))
+    for name, tensor in whole.items():
+        assert name.startswith("frame") or torch.equal(tensor, cut[name]), name
+
+
+# ----------------------------------------------------------------------------------- benchmarks
+devices = pytest.mark.parametrize("device_name, kernels", [
+    ("cpu", "torch"),
+    pytest.param("cuda", "torch", marks=cuda), pytest.param("cuda", "triton", marks=cuda)])
+
+
+def timed(benchmark, function, device_name, rounds=3):
+    def call():
+        function()
+        if device_name == "cuda":
+            torch.cuda.synchronize()
+    benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+
+
+@devices
+@pytest.mark.parametrize("size, samples", [(64, 64), pytest.param(256, 128, marks=cuda)])
+def test_time_of_render_and_backward(benchmark, device_name, kernels, size, samples):
+    field = NeRF(blob=10.0, kernels=kernels).to(device_name)
+    field.update_grid(2 / samples)
+    o, d = (v.to(device_name) for v in camera_rays(size))
+
+    def step():
+        render(field, o, d, samples, rng=rng()).rgb.sum().backward()
+    timed(benchmark, step, device_name)
+    assert field.table.grad.isfinite().all()
+
+
+@devices
+def test_time_of_encoding(benchmark, device_name, kernels):
+    field = NeRF().to(device_name)
+    x = torch.rand(1 << 14, 3, generator=rng()).to(device_name)
+    timed(benchmark, lambda: hash_encode(x, field.table, field.resolutions, field.size,
+                                         kernels).sum().backward(), device_name)
+
+
+@devices
+def test_time_of_compositing(benchmark, device_name, kernels):
+    sigma, values = (torch.rand(4096, 64, *c, generator=rng()).to(device_name).requires_grad_()
+                     for c in ((), (4,)))
+    delta = torch.full((4096,), 0.03, device=device_name)
+    timed(benchmark, lambda: composite(sigma, delta, values, kernels)[0].sum().backward(),
+          device_name)
