@@ -1,9 +1,9 @@
-"""phi.py — φ, what predicts ε_φ for the fake samples: a LoRA, or a textual-inversion embedding.
+"""phi.py — φ, what predicts ε_φ for the fake samples: the noise, a LoRA, or an embedding.
 
-Each φ is a module, phi(x_t, t, cond, eps, camera=None) -> ε_φ like x_t in float32 (asd.NoisePhi,
-for SDS, is the simplest). Its trainable parameters are float32 whatever the prior's dtype, and it
-saves itself in the ecosystem's formats: `pipe.load_lora_weights(folder)` and
-`pipe.load_textual_inversion(file)` take what save() writes. The prior never changes.
+Each φ is a module, phi(x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None) -> ε_φ like x_t
+in float32. Its trainable parameters are float32 whatever the prior's dtype, and it saves itself in
+the ecosystem's formats: `pipe.load_lora_weights(folder)` and `pipe.load_textual_inversion(file)`
+take what save() writes. The prior never changes.
 """
 import copy
 from contextlib import contextmanager
@@ -11,6 +11,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+
+class NoisePhi(nn.Module):
+    """SDS: ε_φ = ε, the added noise itself. Nothing to train, no network to evaluate."""
+
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+        return eps
+
+    def save(self, folder):
+        """Nothing to keep."""
 
 
 class LoRAPhi(nn.Module):
@@ -135,3 +145,27 @@ def _seeded(seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def make_phi(kind, prior, prompt="", rank=4, tokens=4, checkpointing=False, seed=0, **words):
+    """kind: "noise", "lora", "embedding", or one of variants.PHIS -> φ.
+
+    prompt: one, or a list of all that the run can ask. words: what the φ of variants.py are told
+    (lam, gamma, steps, negative, …). ValueError for another kind.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if kind == "noise":
+        return NoisePhi()
+    if kind in ("lora", "embedding"):
+        return EmbeddingPhi(prior, prompts[0], tokens) if kind == "embedding" else \
+            LoRAPhi(prior, rank, checkpointing=checkpointing, seed=seed)
+    try:
+        import variants
+    except ImportError:                       # this file may have been copied without it
+        known = {}
+    else:
+        known = variants.PHIS
+    if kind not in known:
+        raise ValueError(f"unknown phi {kind!r}: choose noise, lora or embedding"
+                         + "".join(f", {name}" for name in known))
+    return variants.make_phi(kind, prior, prompts, **words)

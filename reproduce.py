@@ -15,6 +15,7 @@ import torch
 
 import asd
 from conftest import GaussianMixture, particle_eps, randn
+from prior import HERE
 from runs import distances, read_image
 from variants import ddim_samples
 
@@ -195,7 +196,7 @@ def edits_figure(path, side=192):
     prior = asd.Prior.from_pretrained("tiny-sd")
     rows = []
     for kind, (name, source, target) in EDITS.items():
-        image = read_image(asd.HERE / "examples" / f"{name}.png", prior.image_size)
+        image = read_image(HERE / "examples" / f"{name}.png", prior.image_size)
         edited = [editing.edit(prior, image, [source], [target], method)
                   for method in ("dds", "asd")]
         rows.append((f"{kind}:\n{source}\n-> {target}", torch.cat([image, *edited])))

@@ -26,6 +26,7 @@ import asd
 import tiny_sd
 from asd import METHODS, Latents, NoisePhi, Pixels, Prior, State, UserError
 from phi import EmbeddingPhi, LoRAPhi
+from prior import to_eps
 
 HERE = Path(asd.__file__).resolve().parent
 KINDS = ["epsilon", "v_prediction"]
@@ -190,10 +191,10 @@ def test_v_conversion_is_exact_in_float64():
     alpha = torch.tensor([0.999, 0.6, 0.01], dtype=torch.float64).view(3, 1, 1, 1)
     sigma = (1 - alpha ** 2).sqrt()
     x_t, v = alpha * x0 + sigma * eps, alpha * eps - sigma * x0
-    torch.testing.assert_close(asd.to_eps(v, x_t, alpha, sigma, "v_prediction"), eps,
+    torch.testing.assert_close(to_eps(v, x_t, alpha, sigma, "v_prediction"), eps,
                                rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="sample"):
-        asd.to_eps(v, x_t, alpha, sigma, "sample")
+        to_eps(v, x_t, alpha, sigma, "sample")
 
 
 def test_another_canvas_is_refused(prior):
@@ -289,7 +290,7 @@ def test_local_folder_never_touches_the_network(folders, no_network):
 
 def test_folder_beside_the_code_is_found_from_anywhere(folders, no_network, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asd, "HERE", folders["epsilon"].parent)
+    monkeypatch.setattr("prior.HERE", folders["epsilon"].parent)
     assert Prior.from_pretrained("epsilon", "cpu").shape == (4, 8, 8) and no_network == []
 
 

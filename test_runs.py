@@ -574,7 +574,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(cli, monkeypatch, real):
 
 
 # ------------------------------------------------------------------------------------ no pickles
-@pytest.mark.parametrize("module", ["asd.py", "phi.py", "runs.py"])
+@pytest.mark.parametrize("module", ["asd.py", "prior.py", "phi.py", "runs.py"])
 def test_nothing_is_ever_pickled(module):
     """Neither the modules that unpickle, nor torch.save and torch.load, nor eval and exec."""
     used = set()

