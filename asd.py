@@ -277,8 +277,8 @@ class Method:
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 # Chosen by looking, on tiny-sd: Eq. 10 is affine at γ = −1, φ never settles, so θ must be slow or
-# colours run away; and what is left of θ's initial noise only goes where small t have weight: ω = 1,
-# t < T/2 in the second half (the peers anneal t for VSD, too).
+# colours run away; and what is left of θ's initial noise only goes where small t have weight:
+# ω = 1, t < T/2 in the second half (the peers anneal t for VSD, too).
 LEARNT = {"lr": 0.01, "steps": 350, "omega": "1", "t_late": 0.5, "t_max_late": 0.5}
 
 METHODS = {
