@@ -254,20 +254,26 @@ class Pixels(Latents):
 # --------------------------------------------------------------------------- methods and the loop
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it."""
+    """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
+
+    The defaults were chosen by looking, on tiny-sd, and are the same for every row. Eq. 10 is
+    affine at γ = −1, φ never settles: θ must be slow, or colours run away. What is left of θ's
+    initial noise goes only where small t have weight: ω = 1 (σ², the peers' choice, is a flag) and
+    t < T/2 in the second half (the peers anneal t, too).
+    """
     phi: str = "lora"             # noise, lora, embedding, or one of variants.PHIS
     lam: float = 7.5              # λ, guidance of Eq. 7
     gamma: float = -1.0           # γ of Eq. 10; 0 is VSD
-    omega: str = "sigma2"         # ω(t), a name of OMEGAS
+    omega: str = "1"              # ω(t), a name of OMEGAS
     t_min: float = 0.02           # θ's t is uniform in [t_min T, t_max T]; φ's in 0 … T−1
     t_max: float = 0.98
-    t_max_late: float = 0.98      # the same after t_late of the steps (3D: 0.5 after a fifth)
-    t_late: float = 1.0
-    lr: float = 0.03              # for θ
+    t_max_late: float = 0.5       # the same after t_late of the steps
+    t_late: float = 0.5
+    lr: float = 0.01              # for θ
     optimizer: str = "adam"       # of θ, a name of OPTIMIZERS
     phi_lr: float = 1e-3          # AdamW for φ, no weight decay
     lam_phi: float = 1.0          # guidance inside φ
-    steps: int = 300
+    steps: int = 350
     phi_steps: int = 1            # φ's updates per update of θ
     phi_first: bool = False       # φ before θ ("lookahead"): overfits a single particle
     share_noise: bool = False     # Algorithm 1 as printed: θ and φ learn from the same t and ε
@@ -276,15 +282,10 @@ class Method:
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
-# Chosen by looking, on tiny-sd: Eq. 10 is affine at γ = −1, φ never settles, so θ must be slow or
-# colours run away; and what is left of θ's initial noise only goes where small t have weight:
-# ω = 1, t < T/2 in the second half (the peers anneal t for VSD, too).
-LEARNT = {"lr": 0.01, "steps": 350, "omega": "1", "t_late": 0.5, "t_max_late": 0.5}
-
 METHODS = {
     "sds": Method(phi="noise"),
-    "vsd": Method(gamma=0.0, **LEARNT),
-    "asd": Method(gamma=-1.0, **LEARNT),
+    "vsd": Method(gamma=0.0),
+    "asd": Method(gamma=-1.0),
 }
 
 
@@ -528,8 +529,9 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         x0, y, camera = out if isinstance(out, tuple) else (out, cond, None)
         fake = x0.detach().clone()                                    # θ's step is in place
         early = state.step < method.t_late * method.steps
-        bounds = method.t_min, method.t_max if early else method.t_max_late
-        noise = draw(state.rng, x0, *(min(round(f * prior.steps), last) for f in bounds))
+        highest = method.t_max if early else min(method.t_max, method.t_max_late)
+        bounds = (min(round(f * prior.steps), last) for f in (method.t_min, highest))
+        noise = draw(state.rng, x0, *bounds)
         if method.fixed_noise:
             state.eps = noise[1] if state.eps is None else state.eps.to(x0.device)
             noise = noise[0], state.eps

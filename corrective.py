@@ -18,6 +18,7 @@ from asd import Prior, UserError, add_noise, cfg_noise, draw
 from variants import ode_end, one_step_x0
 
 HERE = Path(__file__).resolve().parent
+OWN = "corrective.safetensors"                  # beside this file: the embedded model's
 
 
 class Bias(nn.Module):
@@ -45,22 +46,32 @@ class Bias(nn.Module):
         return mean + std * (z + self.unet(z, t).sample)
 
 
-def save_bias(network, path, name):
-    """Write b_k in half precision; `name`: of the model that it belongs to."""
+def fingerprint(*things):
+    """8 hexadecimal digits of what tensors (to bfloat16: any dtype's) and other things hold."""
+    digest = hashlib.sha256()
+    for thing in things:
+        digest.update(thing.detach().bfloat16().cpu().view(torch.int16).numpy().tobytes()
+                      if torch.is_tensor(thing) else repr(thing).encode())
+    return digest.hexdigest()[:8]
+
+
+def save_bias(network, path, **about):
+    """Write b_k in half precision; about: model="its name", unet=fingerprint(*its weights)."""
     from safetensors.torch import save_file
 
     from runs import moved_into
     weights = {key: value.half().cpu() for key, value in network.state_dict().items()}
     with moved_into(Path(path)) as temporary:
-        save_file(weights, temporary, {"model": name})
+        save_file(weights, temporary, about)
 
 
 def load_bias(prior, path=None):
-    """b_k from a file (default: corrective.safetensors beside this one). UserError without one."""
+    """b_k from a file (default: OWN, which is tiny-sd's). UserError where it is none of `prior`."""
     from safetensors import safe_open
-    own, path = path is None, Path(path or HERE / "corrective.safetensors")
-    mend = f"python variants.py train-corrective --model {prior.name} --out FILE makes one for " \
-           "--corrective FILE"
+    name, own, path = Path(prior.name).name, path is None, Path(path or HERE / OWN)
+    mend = f"python variants.py train-corrective --model {prior.name} makes it"
+    if not own or name != "tiny-sd":
+        mend = mend.replace("makes it", "--out FILE makes one for --corrective FILE")
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -70,10 +81,12 @@ def load_bias(prior, path=None):
     except FileNotFoundError as error:
         raise UserError(f"LMC-SDS needs a corrective and {path} is not there: {mend}") from error
     except Exception as error:                    # safetensors', torch's and the disk's
-        reason = str(error).strip().split("\n")[0][:100]
+        first, *more = str(error).strip().split("\n")       # torch's first line names no tensor
+        reason = (more or [first])[0].strip()[:100]
         raise UserError(f"{path} is no corrective for {prior.name} ({reason}): {mend}") from error
-    if own and about.get("model") != Path(prior.name).name:
-        raise UserError(f"{path} was trained for {about.get('model')}, not {prior.name}: {mend}")
+    if own and about.get("unet") != fingerprint(*prior.unet.parameters()):
+        whose = "another" if about.get("model") == name else about.get("model")
+        raise UserError(f"{path} was trained for {whose}, not for this {name}: {mend}")
     return network
 
 
@@ -94,8 +107,8 @@ def losses(network, prior, null, x0, t, eps):
 
 
 @torch.no_grad()
-def own_samples(prior, args, path):
-    """x0 [N, C, H, W]: the prior's own pictures, without prompt, or of --prompts in turn at λ = 3.
+def own_samples(prior, args, prompts, path):
+    """x0 [N, C, H, W]: the prior's own pictures, without prompt, or of prompts in turn at λ = 3.
 
     Each batch is kept in `path` as soon as it is made.
     """
@@ -103,17 +116,17 @@ def own_samples(prior, args, path):
     from tqdm import tqdm
 
     from runs import moved_into
-    prompts = read_lines(args.prompts) if args.prompts else [""]
     null, T = prior.encode_text([""]), prior.steps - 1
     x0 = load_file(path)["x0"] if path.exists() else torch.empty(0, *prior.shape)
     with tqdm(total=args.samples, initial=len(x0), desc="sampling") as bar:
         while len(x0) < args.samples:
             rng, n = torch.Generator().manual_seed(args.seed + len(x0)), args.batch
-            y = prior.encode_text([prompts[(len(x0) + i) % len(prompts)] for i in range(n)])
+            asked = [prompts[(len(x0) + i) % len(prompts)] for i in range(n)] if prompts else [""]
+            y = prior.encode_text(asked).expand(n, -1, -1)
 
             def eps_of(x, t, y=y):
                 eps = prior.eps(x, t, null.expand_as(y))
-                return cfg_noise(eps, prior.eps(x, t, y), 3.0) if args.prompts else eps
+                return cfg_noise(eps, prior.eps(x, t, y), 3.0) if prompts else eps
             x_T = torch.randn(n, *prior.shape, generator=rng).to(prior.device)
             t = torch.full((n,), T, device=prior.device)
             x0 = torch.cat([x0, ode_end(eps_of, x_T, t, args.ddim, prior.alpha_sigma).cpu()])
@@ -124,7 +137,11 @@ def own_samples(prior, args, path):
 
 
 def read_lines(path):
-    lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{path} holds no prompt: one per line is needed")
     return lines
@@ -145,16 +162,27 @@ def train(args):
     """Sample (or read) pictures, train b_k on them, write it. Resumes; see tiny_sd.Trainer."""
     import tiny_sd
     torch.manual_seed(args.seed)
+    name = Path(args.model).name
+    if args.out is None and name != "tiny-sd":
+        raise UserError(f"--model {args.model} needs an --out FILE of its own: {OWN} is tiny-sd's")
+    out = Path(args.out or HERE / OWN)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].split(" device type")[0][:90]
+        raise UserError(f"--device {args.device} cannot be used here: {reason}") from error
     prior = Prior.from_pretrained(args.model, args.device)
-    name = Path(prior.name).name
-    # what was made with other weights or settings is never taken for this
-    key = hashlib.sha256(repr((args.images, args.prompts, args.ddim, args.seed)).encode())
-    for weight in prior.unet.parameters():
-        key.update(weight.detach().cpu().float().numpy().tobytes())
-    run = f"corrective-{name}-{key.hexdigest()[:8]}"
-    tiny_sd.DATA.mkdir(exist_ok=True)
+    # what was made with other weights, words or settings is never taken for this
+    unet = fingerprint(*prior.unet.parameters())
+    prompts, data = read_lines(args.prompts) if args.prompts else [], tiny_sd.DATA
+    data.mkdir(exist_ok=True)
+    made_by = fingerprint(unet, prompts, args.ddim, args.seed, args.batch)
     pictures = encoded(prior, args.images) if args.images else \
-        own_samples(prior, args, tiny_sd.DATA / f"{run}.samples.safetensors")
+        own_samples(prior, args, prompts, data / f"corrective-{name}-{made_by}.samples.safetensors")
+    run = f"corrective-{name}-{fingerprint(unet, pictures, args.lr, args.seed, args.batch)}"
     trainer = tiny_sd.Trainer(run, Bias(prior.shape[0]), args.minutes, args.lr, args)
     rng, null = torch.Generator().manual_seed(args.seed + trainer.step), prior.encode_text([""])
 
@@ -163,12 +191,14 @@ def train(args):
         t, eps = draw(rng, x0, 0, prior.steps - 1)
         loss, sds = losses(trainer.module, prior, null, x0, t, eps)
         return loss, {"loss": loss.item(), "of_sds": (loss / sds).item()}
-    save_bias(trainer.run(loss_function, prior.device.type), args.out, name)
-    print(args.out)
+    save_bias(trainer.run(loss_function, prior.device.type), out, model=name, unet=unet)
+    print(out)
 
 
 def main(argv=None):
     """The command line of variants.py. -> exit status."""
+    from safetensors import SafetensorError
+
     import tiny_sd
     from runs import Parser, number
     parser = Parser(prog="variants.py", description="Train LMC-SDS's corrective b_k(x0, t).")
@@ -184,11 +214,11 @@ def main(argv=None):
     add("--lr", type=number(float, 0, 1), default=2e-3, help="AdamW's (default 2e-3)")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of all randomness (default 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", default=str(HERE / "corrective.safetensors"), metavar="FILE", help="where to")
+    add("--out", metavar="FILE", help=f"where to (default, of tiny-sd: {OWN} beside this program)")
     args = parser.parse_args(argv)
     try:
         train(args)
-    except (UserError, tiny_sd.UserError, OSError) as mistake:
+    except (UserError, tiny_sd.UserError, OSError, SafetensorError) as mistake:    # a full disk
         print(f"variants.py: {mistake}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

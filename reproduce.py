@@ -4,19 +4,35 @@
     python reproduce.py methods        # figures/methods.png: sampling, SDS, VSD, ASD; CPU, 10 min
     python reproduce.py edits          # figures/edits.png: Eq. 11, three edits by DDS and by ASD
     python reproduce.py edit-table     # figures/edit-table.json: 60 edits by each, with errors
+    python reproduce.py network        # figures/network.png: drawings made renders in one pass
+    python reproduce.py grid           # figures/neighbours.png, thumb-….png: every method; 15 min
+    python reproduce.py bridge         # figures/bridge.png: drawings made 3d renders
+    python reproduce.py solids         # figures/solids.json: Table 1, 45 objects; hours
 """
 
 import argparse
 import contextlib
+import json
 import math
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import asd
 from conftest import GaussianMixture, particle_eps, randn
 from prior import HERE
-from runs import distances, read_image
+from runs import (
+    all_methods,
+    clip_features,
+    distances,
+    number,
+    picture_measures,
+    read_image,
+    write_grid,
+    write_text,
+)
 from variants import ddim_samples
 
 # Every method is Eq. 7 with one choice, the noise prediction that stands for the fake samples.
@@ -151,21 +167,14 @@ PROMPTS = ["a red apple", "a fox", "a hamburger", "a rocket", "a mushroom"]
 
 
 def methods_figure(path, side=160):
-    """Draw the same prompts and seed by sampling (50 DDIM steps, guidance 3) and by each method."""
+    """PROMPTS by sampling (50 DDIM steps, guidance 3) and by asd.py's methods, cells of grid."""
     prior = asd.Prior.from_pretrained("tiny-sd")
-    columns = [("sampling", sampled(prior, PROMPTS))]
-    for method in asd.METHODS:
-        images = []
-        for prompt in PROMPTS:
-            latents = asd.Latents(prior, rng=torch.Generator().manual_seed(0))
-            asd.distill(prior, latents, prior.encode_text([prompt]), method)
-            images.append(latents.images())
-            print(f"{method}: {prompt}")
-        columns.append((method.upper(), torch.cat(images)))
-    names, images = zip(*columns, strict=True)
-    rows = [(prompt, torch.stack(row)) for prompt, row in zip(PROMPTS, zip(*images, strict=True),
-                                                              strict=True)]
-    sheet(path, names, rows, side)
+    files = cells(prior, asd.METHODS)
+    columns = [sampled(prior, PROMPTS)] + [torch.cat([cell_image(prior, files[name, prompt])
+                                                      for prompt in PROMPTS])
+                                           for name in asd.METHODS]
+    rows = list(zip(PROMPTS, torch.stack(columns, 1), strict=True))
+    sheet(path, ["sampling", *(name.upper() for name in asd.METHODS)], rows, side)
 
 
 def sampled(prior, prompts, seed=0):
@@ -191,95 +200,451 @@ EDITS = {
 
 
 def edits_figure(path, side=192):
-    """Three edits, a row each: the source, by Delta Denoising Score, by ASD."""
+    """Three edits, a row each: the source, by Delta Denoising Score, by ASD.
+
+    Under each picture: tiny-clip's score of the target.
+    """
     import editing
     prior = asd.Prior.from_pretrained("tiny-sd")
     rows = []
     for kind, (name, source, target) in EDITS.items():
         image = read_image(HERE / "examples" / f"{name}.png", prior.image_size)
-        edited = [editing.edit(prior, image, [source], [target], method)
-                  for method in ("dds", "asd")]
-        rows.append((f"{kind}:\n{source}\n-> {target}", torch.cat([image, *edited])))
-        print(kind)
-    sheet(path, ["source", "DDS", "ASD"], rows, side)
+        images = [image, *(editing.edit(prior, image, [source], [target], method)
+                           for method in ("dds", "asd"))]
+        notes = [f"{clip_score(x, target):.2f}" for x in images]
+        rows.append((f"{kind}:\n{source}\n-> {target}", torch.cat(images), notes))
+        print(kind, *notes)
+    sheet(path, ["source", "DDS", "ASD"], rows, side, corner="tiny-clip's score\nof the target")
 
 
-def sheet(path, columns, rows, side, left=None):
-    """A labelled grid: column names, and for each row its label and pictures [N, 3, H, W]."""
+def sheet(path, columns, rows, side, left=None, corner="", colors=None):
+    """A labelled grid: column names, and for each row its label, pictures [N, 3, H, W], and, where
+    there are notes, a line under each picture; corner: what the notes are. colors: a palette of
+    that many, dithered, makes a file half the size."""
     from PIL import Image, ImageDraw, ImageFont
-    top, left = side // 4, left or round(1.1 * side)
-    page = Image.new("RGB", (left + side * len(columns), top + side * len(rows)), "white")
+    top, left, under = side // 4, left or round(1.1 * side), side // 7 * (len(rows[0]) > 2)
+    width, height = left + side * len(columns), top + (side + under) * len(rows)
+    page = Image.new("RGB", (width, height), "white")
     write = ImageDraw.Draw(page)
     font, small = (ImageFont.load_default(size=side // n) for n in (9, 13))
+    write.multiline_text((left // 2, top // 2), corner, "black", small, anchor="mm", align="center")
     for i, name in enumerate(columns):
         write.text((left + side * (i + 0.5), top // 2), name, "black", font, anchor="mm")
-    for j, (label, images) in enumerate(rows):
-        write.multiline_text((left // 2, top + side * (j + 0.5)), label, "black", small,
-                             anchor="mm", align="center")
+    for j, (label, images, *notes) in enumerate(rows):
+        y = top + (side + under) * j
+        write.multiline_text((left // 2, y + side // 2), label, "black", small, anchor="mm",
+                             align="center")
         for i, image in enumerate(images):
-            picture = Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy())
+            pixels = (255 * image).round().byte().permute(1, 2, 0).cpu()
+            picture = Image.fromarray(pixels.numpy())
             picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-            page.paste(picture, (left + side * i, top + side * j))
+            page.paste(picture, (left + side * i, y))
+        for i, note in enumerate(notes[0] if notes else []):
+            middle = left + side * (i + 0.5), y + side + under // 2
+            write.text(middle, note, "black", small, anchor="mm")
+    if colors:
+        page = page.quantize(palette=page.quantize(colors), dither=Image.Dither.FLOYDSTEINBERG)
     save_png(page, path)
 
 
-CONCEPTS = """fox,cat,dog,red apple,hamburger,rocket,mushroom,penguin,frog,pizza,tiger,lion,
-panda,cherries,strawberry,pineapple,guitar,owl,snail,whale""".replace("\n", "").split(",")
+# neighbours are alike, as replacement makes each the next one
+CONCEPTS = """fox,cat,dog,tiger,lion,panda,penguin,owl,frog,snail,whale,red apple,cherries,
+strawberry,pineapple,hamburger,pizza,mushroom,rocket,guitar""".replace("\n", "").split(",")
+KINDS = {  # kind of edit: the style before and after, how far down the list the concept moves
+    "simplification": ("a 3d render of", "a flat icon of", 0),
+    "refinement": ("a flat icon of", "a 3d render of", 0),
+    "replacement": ("a 3d render of", "a 3d render of", 1),
+}
+EDITED_BY = ("dds", "asd", "asd-edit")
 
 
-def edit_table(path, count=20, methods=("dds", "asd")):
-    """Edits of every kind of the prior's own samples; prints means ± standard errors.
+def edit_prompts(kind, i):
+    """(source, target) of the i-th edit of a kind."""
+    from tiny_sd import articled
+    before, after, further = KINDS[kind]
+    nouns = [articled(CONCEPTS[(i + k) % len(CONCEPTS)]) for k in (0, further)]
+    return f"{before} {nouns[0]}", f"{after} {nouns[1]}"
 
-    Sources are sampled ("a 3d render of a fox", …), 20 of each kind. Replacement turns each concept
-    into the next one of the list.
+
+def edited_unit(prior, kind, i):
+    """The i-th edit of a kind by each of EDITED_BY, with one seed -> {name: distances}.
+
+    Beside them the source itself, and a picture of the target that does not know the source.
     """
-    import json
+    import editing
+    source, target = edit_prompts(kind, i)
+    before = sampled(prior, [source], i)
+    pictures = {"source": before, "unrelated": sampled(prior, [target], 1000 + i)} | {
+        name: editing.edit(prior, before, [source], [target], name, i) for name in EDITED_BY}
+    return {name: distances(before, after, source, target) for name, after in pictures.items()}
+
+
+def edit_table(path, part="1/1"):
+    """20 edits of each kind of the prior's own samples by each method: means ± standard errors.
+
+    Edits that are there already (outputs/edits/) are not made again. part "1/2" and "2/2" in two
+    processes: a half each; whichever ends last prints the table and writes it.
+    """
+    from tqdm import tqdm
 
     import editing
-    import tiny_sd
+    from corrective import fingerprint
+    i, n = part_of(part)
     prior = asd.Prior.from_pretrained("tiny-sd")
-    names = [tiny_sd.articled(concept) for concept in CONCEPTS[:count]]
-    prompts = {
-        "simplification": [(f"a 3d render of {n}", f"a flat icon of {n}") for n in names],
-        "refinement": [(f"a flat icon of {n}", f"a 3d render of {n}") for n in names],
-        "replacement": [(f"a 3d render of {n}", f"a 3d render of {names[i - 1]}")
-                        for i, n in enumerate(names)]}
-    found = {}
-    for kind, pairs in prompts.items():
-        sources, targets = (list(x) for x in zip(*pairs, strict=True))
-        before = sampled(prior, sources)
-        edited = {"source": before, "target, sampled": sampled(prior, targets)}
-        for method in methods:
-            size = count if editing.METHODS[method].phi == "noise" else 1
-            edited[method] = torch.cat([editing.edit(
-                prior, before[i:i + size], sources[i:i + size], targets[i:i + size], method)
-                for i in range(0, count, size)])
-        for name, after in edited.items():
-            each = [distances(before[i:i + 1], after[i:i + 1], *pairs[i])
-                    for i in range(count)]
-            row = {key: torch.tensor([e[key] for e in each]) for key in each[0]}
-            found[f"{kind}, {name}"] = {key: (x.mean().item(), x.std().item() / count ** 0.5)
-                                        for key, x in row.items()}
-            print(f"{kind:15} {name:16}", "  ".join(
-                f"{key} {mean:6.3f} ± {error:.3f}"
-                for key, (mean, error) in found[f"{kind}, {name}"].items()), flush=True)
-    with open(path, "w") as file:
-        json.dump(found, file, indent=1)
+    key = fingerprint(*prior.unet.parameters(), *(editing.METHODS[name] for name in EDITED_BY))
+    files = {(kind, j): Path("outputs/edits", f"{kind}-{j}-{key}.json")
+             for j in range(len(CONCEPTS)) for kind in KINDS}
+    for (kind, j), file in tqdm(list(files.items())[i - 1::n], desc=f"part {part}"):
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(edited_unit(prior, kind, j)))
+    if not all(file.exists() for file in files.values()):
+        print("the other parts are not done yet: no table")
+        return False
+    found = {kind: [json.loads(files[kind, j].read_text()) for j in range(len(CONCEPTS))]
+             for kind in KINDS}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), json.dumps(print_edits(found), indent=1))
+
+
+def print_edits(found):
+    """Print means ± standard errors, then how the rows differ, edit by edit -> the same, nested.
+
+    found: {kind: [{row: {measure: number}}, one for each edit]}.
+    """
+    table = {}
+    for kind, edits in (found | {"all": sum(found.values(), [])}).items():
+        rows = {name: [edit[name] for edit in edits] for name in edits[0]}
+        for one, other in (("asd", "dds"), ("asd-edit", "asd")):
+            rows[f"{one} minus {other}"] = [{key: edit[one][key] - edit[other][key]
+                                             for key in edit[one]} for edit in edits]
+        table[kind] = {name: {key: mean_and_error([row[key] for row in each]) for key in each[0]}
+                       for name, each in rows.items()}
+        for name, row in table[kind].items():
+            print(f"{kind:15} {name:18}", "  ".join(
+                "{} {:6.3f} ± {:.3f}".format(key, *value) for key, value in row.items()))
+    return table
+
+
+def mean_and_error(numbers):
+    """-> (mean, its standard error)."""
+    numbers = torch.tensor(numbers)
+    return numbers.mean().item(), (numbers.std() / len(numbers) ** 0.5).item()
+
+
+# drawings made 3d renders by one network: the things it learns on, and others
+STYLES = "a drawing of {}", "a 3d render of {}"
+LEARNT = """fox,red apple,hamburger,mushroom,penguin,frog,pizza,sunflower,strawberry,pineapple,
+cherries,carrot,guitar,rocket,owl,panda,lion,tiger""".replace("\n", "").split(",")
+OTHERS = "lemon,tomato,avocado,rose,bear,koala".split(",")
+
+
+def trained_network(prior, steps, pictures):
+    """The translation network, trained unless outputs/ has it; None where that fails."""
+    import editing
+    import translation
+    from corrective import fingerprint
+    from tiny_sd import articled
+    flags = ["--network", "--method", "dds", "--source", STYLES[0], "--target", STYLES[1],
+             "--things", ", ".join(articled(concept) for concept in LEARNT),
+             "--steps", str(steps), "--pictures", str(pictures)]
+    key = fingerprint(*prior.unet.parameters(), flags, editing.methods(network=True)["dds"])
+    folder = Path("outputs", f"network-{key}")
+    if not (folder / "network").exists():
+        going_on = (folder / "config.json").exists()
+        if editing.main(["--resume", str(folder)] if going_on else [*flags, "--out", str(folder)]):
+            return None
+    return translation.load_network(folder)[1]
+
+
+def network_figure(path, steps=600, pictures=90, side=128):
+    """Drawings that a network has not seen above, what it makes of them in one pass below.
+
+    They are samples of the prior: of the things that it has learnt on, from other noise, and of
+    others. Prints the time of a picture, and tiny-clip's score of the target before and after.
+    """
+    from tiny_sd import articled
+    from translation import in_one_pass
+    prior = asd.Prior.from_pretrained("tiny-sd")
+    net = trained_network(prior, steps, pictures)
+    if net is None:
+        return False
+    rows, notes = ([], []), ([], [])
+    for group, concepts, shown in (("learnt on", LEARNT, 5), ("others", OTHERS, 3)):
+        sources, targets = ([style.format(articled(concept)) for concept in concepts]
+                            for style in STYLES)
+        before = torch.cat([sampled(prior, [text], 1000 + i) for i, text in enumerate(sources)])
+        after, seconds = in_one_pass(prior, net, before)
+        scores = [[clip_score(x[None], target) for x, target in zip(images, targets, strict=True)]
+                  for images in (before, after)]
+        gain = mean_and_error([b - a for a, b in zip(*scores, strict=True)])
+        print(f"{group}: {len(before)} pictures, {1000 * seconds:.0f} ms each on "
+              f"{torch.get_num_threads()} threads; tiny-clip's score of the target "
+              "{:.3f} ± {:.3f}, was {:.3f} ± {:.3f}, {:+.3f} ± {:.3f}".format(
+                  *mean_and_error(scores[1]), *mean_and_error(scores[0]), *gain))
+        for i, images in enumerate((before, after)):
+            rows[i].append(images[:shown])
+            notes[i].extend(f"{score:.2f}" for score in scores[i][:shown])
+    labels = "a drawing", f"a 3d render,\nin one pass\nof {1000 * seconds:.0f} ms"
+    sheet(path, LEARNT[:5] + OTHERS[:3], [(label, torch.cat(row), note) for label, row, note in
+                                          zip(labels, rows, notes, strict=True)],
+          side, corner="tiny-clip's score\nof the target")
+
+
+# The neighbours' figure: each method's row, and the words that its φ is told. tiny-sd has never
+# seen the published ones ("blurry", "oversaturated, smooth, …"), so these are of its vocabulary.
+NEIGHBOURS = {
+    "sds": ("SDS", {}),
+    "csd": ("CSD", {}),
+    "nfsd": ("NFSD", {"negative": "a flat icon"}),
+    "vsd": ("VSD", {}),
+    "bridge": ("SDS-Bridge", {"source_words": "a flat icon of {}", "bridge_start": 0.8,
+                              "target_words": "a 3d render of {}"}),
+    "lmc": ("LMC-SDS", {}),
+    "asd": ("ASD", {}),
+}
+
+
+def distilled(prior, method, prompt, start=None, **words):
+    """What `python asd.py --prompt … --seed 0` makes, from noise or from the picture `start`.
+
+    method: a row; words: what its φ is told. -> RGB [1, 3, H, W] in [0, 1].
+    """
+    rng = torch.Generator().manual_seed(0)
+    latents = asd.Latents(prior, rng=rng, images=start)
+    phi = asd.make_phi(method.phi, prior, prompt, lam=method.lam, gamma=method.gamma,
+                       steps=method.steps, **words)
+    state = asd.State(latents, phi, method, rng)
+    asd.distill(prior, latents, prior.encode_text([prompt]), method, state=state)
+    return latents.images().cpu()
+
+
+def clip_score(image, prompt):
+    """tiny-clip's cosine of one picture [1, 3, H, W] with its prompt."""
+    features, text = clip_features([image], [prompt])
+    return (features @ text.T).item()
+
+
+def cell_file(prior, name, prompt):
+    """Where one cell of the neighbours' figure is kept: named by all that it depends on."""
+    from corrective import fingerprint, load_bias
+    corrective = load_bias(prior).parameters() if name == "lmc" else []
+    key = fingerprint(*prior.unet.parameters(), *corrective, all_methods()[name], NEIGHBOURS[name])
+    return Path("outputs/neighbours", f"{name}-{prompt.replace(' ', '-')}-{key}.json")
+
+
+def make_cell(prior, name, prompt, file):
+    """Distil one cell and keep its picture and its numbers."""
+    image = distilled(prior, all_methods()[name], prompt, **NEIGHBOURS[name][1])
+    numbers = picture_measures(image) | {"clip": clip_score(image, prompt)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_grid(file.with_suffix(".png"), (255 * image).round().byte(), 1, least=1)
+    write_text(file, json.dumps(numbers))
+
+
+def part_of(text):
+    """"1/2" -> (1, 2)."""
+    try:
+        i, n = (int(number) for number in text.split("/"))
+        if not 1 <= i <= n:
+            raise ValueError
+    except ValueError as error:
+        raise asd.UserError(f"--part {text} is no part: 1/2 is the first of two") from error
+    return i, n
+
+
+def cells(prior, names, part="1/1"):
+    """The cells of some rows of NEIGHBOURS, this part of them made -> {(name, prompt): file}."""
+    from tqdm import tqdm
+    i, n = part_of(part)
+    files = {(name, prompt): cell_file(prior, name, prompt) for name in names for prompt in PROMPTS}
+    for (name, prompt), file in tqdm(list(files.items())[i - 1::n], desc=f"part {part}"):
+        if not file.exists():
+            make_cell(prior, name, prompt, file)
+    return files
+
+
+def cell_image(prior, file):
+    """-> RGB [1, 3, H, W]."""
+    return read_image(file.with_suffix(".png"), prior.image_size)
+
+
+def neighbours_figure(path, part="1/1", side=128):
+    """Draw PROMPTS by every method of NEIGHBOURS, each at its row's settings, all from seed 0.
+
+    Under each picture: saturation, sharpness (mean |Laplacian|), tiny-clip's score; their means and
+    standard errors are printed. Cells that are there already are not made again. part "1/2" and
+    "2/2" in two processes: a half of the cells each; whichever ends last draws the figure. One
+    thumbnail of each method lies beside it.
+    """
+    prior = asd.Prior.from_pretrained("tiny-sd")
+    files = cells(prior, NEIGHBOURS, part)
+    if not all(file.exists() for file in files.values()):
+        print("the other parts are not done yet: no figure")
+        return False
+    rows, table = [], {}
+    for name, (label, _) in NEIGHBOURS.items():
+        mine = [files[name, prompt] for prompt in PROMPTS]
+        table[name] = [json.loads(file.read_text()) for file in mine]
+        images = torch.cat([cell_image(prior, file) for file in mine])
+        notes = ["{saturation:.2f}  {sharpness:.3f}  {clip:.2f}".format(**cell)
+                 for cell in table[name]]
+        rows.append((f"{label}\nguidance {all_methods()[name].lam:g}", images, notes))
+        fox = (255 * images[PROMPTS.index("a fox")][None]).round().byte()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_grid(Path(path).with_name(f"thumb-{name}.png"), fox, 1, least=1)
+    sheet(path, PROMPTS, rows, side, corner="saturation, sharpness,\ntiny-clip's score",
+          colors=256)
+    print_neighbours(table)
+
+
+def print_neighbours(table):
+    """Means ± standard errors over the prompts, and LMC-SDS against SDS, prompt by prompt."""
+    def mean(numbers):
+        numbers = torch.tensor(numbers)
+        return numbers.mean().item(), (numbers.std() / len(numbers) ** 0.5).item()
+    for name, cells in table.items():
+        print(f"{NEIGHBOURS[name][0]:11}", "  ".join("{} {:.3f} ± {:.3f}".format(
+            key, *mean([cell[key] for cell in cells])) for key in cells[0]))
+    sharper, paler = (mean([ours[key] - sds[key] for ours, sds in zip(
+        table["lmc"], table["sds"], strict=True)]) for key in ("sharpness", "saturation"))
+    lmc, sds = (all_methods()[name].lam for name in ("lmc", "sds"))
+    print(f"LMC-SDS at guidance {lmc:g} is {'' if sharper[0] > 0 else 'not '}sharper than SDS at "
+          "{:g} ({:+.3f} ± {:.3f}) and {}less saturated ({:+.3f} ± {:.3f}).".format(
+              sds, *sharper, "" if paler[0] < 0 else "not ", *paler))
+
+
+# as the edits beside it, plain SGD and few steps: the row's own lose the picture
+BRIDGE = {"optimizer": "sgd", "lr": 0.05, "steps": 60, "lam": 7.5}
+
+
+def bridge_figure(path, side=160):
+    """Drawings made 3d renders: by SDS-Bridge from the picture, by DDS, by ASD.
+
+    The drawing is one of examples/, or, where there is none, a sample of the prior. Under each
+    picture: tiny-clip's score of what is wanted.
+    """
+    import editing
+    prior = asd.Prior.from_pretrained("tiny-sd")
+    words = {"source_words": "a drawing of {}", "target_words": "a 3d render of {}"}
+    method, rows = replace(all_methods()["bridge"], **BRIDGE), []
+    for noun in ("a fox", "a mushroom", "a penguin"):
+        source, target = (phrase.format(noun) for phrase in words.values())
+        file = HERE / "examples" / f"{noun[2:]}-drawing.png"
+        image = read_image(file, prior.image_size) if file.exists() else sampled(prior, [source])
+        image = image.cpu()
+        images = [image, distilled(prior, method, noun, image, **words),
+                  *(editing.edit(prior, image, [source], [target], name)
+                    for name in ("dds", "asd"))]
+        scores = [clip_score(x, target) for x in images]
+        print(f"{target}:", "  ".join(f"{score:.3f}" for score in scores), flush=True)
+        rows.append((f"{source}\n-> {target}", torch.cat(images), [f"{s:.2f}" for s in scores]))
+    sheet(path, ["source", "SDS-Bridge", "DDS", "ASD"], rows, side, corner="tiny-clip")
+
+
+# Table 1 in miniature: text-to-3D of things whose true shape is known
+SOLIDS = ["a red mug", "a blue car", "a yellow duck", "a green house", "a purple teapot"]
+
+
+def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
+    """Print tiny-clip's score, silhouette IoU and PSNR of five solids by SDS, VSD and ASD.
+
+    Means over the solids ± standard errors over the seeds, and ASD's differences, seed by seed. The
+    runs are nerf.py's, in outputs/solids/: those that are there already are not made again, one
+    that was stopped goes on. part "1/2" and "2/2" in two processes, of one thread each: a half
+    each; whichever ends last prints. only: of "asd/a red mug", …, those that it is a part of.
+    """
+    import scene
+    from corrective import fingerprint
+    i, n = part_of(part)
+    prior, rows = asd.Prior.from_pretrained("tiny-sd"), scene.methods()
+    rows = {name: replace(rows[name], steps=steps or rows[name].steps) for name in asd.METHODS}
+    keys = {name: fingerprint(*prior.unet.parameters(), row, scene.DEFAULTS)
+            for name, row in rows.items()}
+    files = {(name, prompt, seed): Path("outputs/solids", f"{name}-{prompt.replace(' ', '-')}-"
+                                        f"{seed}-{keys[name]}", "numbers.json")
+             for seed in range(seeds) for prompt in SOLIDS for name in rows
+             if only in f"{name}/{prompt}"}
+    if not files:
+        raise asd.UserError(f"--only {only!r} names no run, as asd or asd/{SOLIDS[0]} do")
+    for (name, prompt, seed), file in list(files.items())[i - 1::n]:
+        if not file.exists():
+            solid_run(file, name, prompt, seed, rows[name].steps)
+    if not all(file.exists() for file in files.values()):
+        print("the other parts are not done yet: no table")
+        return False
+    found = {run: json.loads(file.read_text()) for run, file in files.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), json.dumps({"table": print_solids(found), "runs": {
+        f"{name}/{prompt}/{seed}": numbers
+        for (name, prompt, seed), numbers in found.items()}}, indent=1))
+
+
+def solid_run(file, method, prompt, seed, steps):
+    """`python nerf.py --prompt … --method … --seed …` in the file's folder; scene.judge into it."""
+    import nerf
+    import scene
+    folder = file.parent
+    flags = ["--resume", folder] if (folder / "config.json").exists() else \
+        ["--prompt", prompt, "--method", method, "--seed", seed, "--steps", steps, "--out", folder]
+    if nerf.main([str(flag) for flag in flags]):
+        raise asd.UserError(f"{folder} is not finished; the same command goes on with it")
+    field = nerf.NeRF.load(folder / "nerf.safetensors")
+    write_text(file, json.dumps(scene.judge(field, prompt)))
+
+
+def print_solids(found):
+    """found {(method, prompt, seed): {measure: number}} -> {row: {measure: (mean, its error)}}.
+
+    Each seed's number is a mean over the solids. "truth" is tiny-clip's score of the true solids.
+    """
+    import scene
+    names, prompts, seeds = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
+    rows = {name: [{key: sum(found[name, prompt, seed][key] for prompt in prompts) / len(prompts)
+                    for key in found[name, prompts[0], seed]} for seed in seeds] for name in names}
+    for other in ("sds", "vsd"):
+        if {"asd", other} <= set(rows):
+            rows[f"asd minus {other}"] = [{key: a[key] - b[key] for key in a} for a, b in zip(
+                rows["asd"], rows[other], strict=True)]
+    table = {name: {key: mean_and_error([seed[key] for seed in each]) for key in each[0]}
+             for name, each in rows.items()}
+    truth = [scene.clip_score(scene.eight_views(prompt).over(1.0), prompt) for prompt in prompts]
+    table["truth"] = {"clip": (sum(truth) / len(truth), 0.0)}
+    for name, row in table.items():
+        print(f"{name:14}", "  ".join("{} {:6.3f} ± {:.3f}".format(key, *value)
+                                      for key, value in row.items()))
+    return table
 
 
 FIGURES = {"mixture": mixture_figure, "methods": methods_figure, "edits": edits_figure,
-           "edit-table": edit_table}
+           "edit-table": edit_table, "network": network_figure, "grid": neighbours_figure,
+           "bridge": bridge_figure, "solids": solids_table}
+# the flags that some of them take
+FLAGS = {"grid": {"part"}, "edit-table": {"part"}, "solids": {"part", "steps", "seeds", "only"}}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figure", choices=list(FIGURES))
     parser.add_argument("--out", help="default: figures/<figure>.png")
+    parser.add_argument("--part", metavar="I/N", help="grid, tables, solids: one of N processes")
+    parser.add_argument("--steps", type=number(int, 1), help="solids: of each run (nerf.py's: 600)")
+    parser.add_argument("--seeds", type=number(int, 1), help="solids: how many (default 3)")
+    parser.add_argument("--only", metavar="TEXT", help="solids: such as asd/a red mug; asd; mug")
     arguments = parser.parse_args(argv)
-    ending = "json" if arguments.figure.endswith("table") else "png"
-    path = arguments.out or f"figures/{arguments.figure}.{ending}"
-    FIGURES[arguments.figure](path)
-    print(path)
+    figure = arguments.figure
+    ending = "json" if figure.endswith("table") or figure == "solids" else "png"
+    path = arguments.out or f"figures/{'neighbours' if figure == 'grid' else figure}.{ending}"
+    given = {key: value for key, value in vars(arguments).items()
+             if key not in ("figure", "out") and value is not None}
+    wrong = set(given) - FLAGS.get(figure, set())
+    if wrong:
+        parser.error(f"--{min(wrong)} is not for {figure}")
+    try:
+        if FIGURES[figure](path, **given) is not False:
+            print(path)
+    except asd.UserError as mistake:
+        parser.exit(2, f"reproduce.py: {mistake}\n")
 
 
 if __name__ == "__main__":

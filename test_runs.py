@@ -347,9 +347,10 @@ def test_a_finished_run_goes_on_as_it_is(cli):
 
 
 def test_more_steps_are_the_longer_run(cli):
-    cli("--steps", 2)
+    """As long as what depends on the number of steps, --t-late, does not differ."""
+    cli("--steps", 2, "--t-late", 1)
     assert cli("--resume", "run", "--steps", 5)[0] == 0
-    assert cli("--steps", 5, "--out", "long")[0] == 0
+    assert cli("--steps", 5, "--t-late", 1, "--out", "long")[0] == 0
     short, long = checkpoint("run"), checkpoint("long")
     assert all(torch.equal(short[key], long[key]) for key in long if "frame" not in key)
     assert [row["step"] for row in metrics("run")] == [1, 2, 3, 4, 5]
@@ -563,10 +564,10 @@ def full_disk(monkeypatch, real):
 
 @pytest.mark.parametrize("real", [False, True])
 def test_full_disk_is_one_line_and_keeps_the_checkpoint(cli, monkeypatch, real):
-    cli("--steps", 2, "--out", "whole", "--save-every", 2)
+    cli("--steps", 2, "--t-late", 1, "--out", "whole", "--save-every", 2)
     with monkeypatch.context() as patch:
         full_disk(patch, real)
-        one_line(cli("--steps", 6, "--save-every", 2))
+        one_line(cli("--steps", 6, "--t-late", 1, "--save-every", 2))
     kept, good = checkpoint("run"), checkpoint("whole")
     assert all(torch.equal(kept[key], good[key]) for key in good if "frame" not in key)
     assert not list(Path("run").glob("*.tmp*"))

@@ -36,6 +36,7 @@ from test_asd import close, mutants, noise, seeds, shapes
 from test_distill import (  # noqa: F401 (fixtures)
     PROMPT,
     counted,
+    cuda,
     folders,
     load,
     prior,
@@ -139,7 +140,7 @@ def go(prior, method, state=None, micro_batch=None, **kwargs):  # noqa: F811
 def untrained(tmp_path_factory):
     """A corrective that changes nothing yet."""
     path = tmp_path_factory.mktemp("b") / "b.safetensors"
-    save_bias(Bias(4), path, "epsilon")
+    save_bias(Bias(4), path)
     return path
 
 
@@ -496,21 +497,33 @@ def test_lmc_files_that_do_not_fit_are_one_line(prior, tmp_path, untrained, monk
             path.write_bytes(content)
         with pytest.raises(UserError, match=part):
             corrective.load_bias(prior, path)
-    save_bias(Bias(3), path, "epsilon")
-    with pytest.raises(UserError, match="is no corrective.*size mismatch|Error"):
+    save_bias(Bias(3), path)
+    with pytest.raises(UserError, match="is no corrective.*size mismatch for unet.conv_in"):
         corrective.load_bias(prior, path)
-    monkeypatch.setattr(corrective, "HERE", tmp_path)         # the default file is of one model
-    save_bias(Bias(4), tmp_path / "corrective.safetensors", "epsilon")
+
+
+def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):  # noqa: F811
+    """It is told by its UNet's weights, in any dtype, and the command that makes it is named."""
+    monkeypatch.setattr(corrective, "HERE", tmp_path)
+    own = corrective.fingerprint(*prior.unet.parameters())
+    assert own == corrective.fingerprint(*(p.bfloat16() for p in prior.unet.parameters()))
+    with pytest.raises(UserError, match="is not there.*--model.*--out FILE"):
+        corrective.load_bias(prior)
+    save_bias(Bias(4), tmp_path / corrective.OWN, model="epsilon", unet=own)
     assert corrective.load_bias(prior)
-    save_bias(Bias(4), tmp_path / "corrective.safetensors", "another")
-    with pytest.raises(UserError, match="another"):
+    for whose, part in (("tiny-sd", "for tiny-sd, not for this epsilon"), ("epsilon", "another")):
+        save_bias(Bias(4), tmp_path / corrective.OWN, model=whose, unet="0")
+        with pytest.raises(UserError, match=part):
+            corrective.load_bias(prior)
+    monkeypatch.setattr(prior, "name", "tiny-sd")
+    with pytest.raises(UserError, match="train-corrective --model tiny-sd makes it$"):
         corrective.load_bias(prior)
 
 
-def test_shipped_corrective_is_small():
-    if not (HERE / "corrective.safetensors").exists():
-        pytest.skip("corrective.safetensors is not here")
-    assert (HERE / "corrective.safetensors").stat().st_size < 2e6
+def test_shipped_corrective_is_small_and_of_the_shipped_weights():
+    if not (HERE / corrective.OWN).exists():
+        pytest.skip(f"{corrective.OWN} is not here")
+    assert (HERE / corrective.OWN).stat().st_size < 2e6
     assert corrective.load_bias(asd.Prior.from_pretrained("tiny-sd", "cpu"))
 
 
@@ -538,9 +551,28 @@ def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
     assert variants.main([*flags, "--images", "pictures"]) == 0
     assert len(list(Path("data").glob("*samples*"))) == 2
     assert variants.main([*flags, "--images", "nowhere"]) == 2
-    assert variants.main(["train-corrective", "--model", "nowhere"]) == 2
-    assert all(line.startswith("variants.py: ") for line in capsys.readouterr().err.split("\n")
-               if "nowhere" in line)
+    assert len(list(Path("data").glob("*.checkpoint.*"))) == 3    # of its own for each
+    assert variants.main([*flags, "--lr", "1e-3"]) == 0
+    assert len(list(Path("data").glob("*.checkpoint.*"))) == 4
+
+
+@pytest.mark.parametrize("flags, part", [
+    (["--model", "nowhere"], "nowhere"), (["--device", "abacus"], "--device abacus"),
+    (["--out", "."], "is a folder"), (["--out", None, "--model", "some/sd"], "needs an --out FILE"),
+    (["--prompts", "binary"], "not UTF-8"), (["--prompts", "empty"], "holds no prompt")])
+def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, capsys,  # noqa: F811
+                                              flags, part):
+    """… before anything is sampled or trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
+    monkeypatch.setattr(corrective, "own_samples", None)
+    Path("binary").write_bytes(b"\xff\xfe")
+    Path("empty").write_text("\n \n")
+    given = {"--model": model, "--out": "b", "--device": "cpu"} | dict(zip(flags[::2], flags[1::2]))
+    status = variants.main(["train-corrective", *(
+        word for pair in given.items() if pair[1] is not None for word in pair)])
+    err = capsys.readouterr().err
+    assert status == 2 and err.startswith("variants.py: ") and err.count("\n") == 1 and part in err
 
 
 # ------------------------------------------------------------------------------ exact φ in detail
@@ -596,7 +628,8 @@ def test_exact_spreads_the_particles_of_the_loop():
     exact.words = ["", "y", "z"]
     for name, phi, lam, gamma in (("sds", "noise", 1.0, 0.0), ("vsd", "exact", 1.0, 0.0),
                                   ("guided", "exact", 7.5, 0.0), ("asd", "exact", 7.5, -0.9)):
-        method = asd.Method(phi=phi, lam=lam, gamma=gamma, lr=0.1, steps=150)
+        method = asd.Method(phi=phi, lam=lam, gamma=gamma, omega="sigma2", t_late=1.0, lr=0.1,
+                            steps=150)
         made = asd.make_phi(phi, exact, "y", lam=lam, gamma=gamma, steps=150)
         state = State(Particles(), made, method, rng(1))
         with reproduce.one_thread():
@@ -643,6 +676,23 @@ def test_nothing_is_trained_but_theta(prior, untrained, name):  # noqa: F811
     assert state.generator.theta.isfinite().all()
 
 
+@pytest.mark.parametrize("device, dtype", [
+    ("cpu", torch.bfloat16), pytest.param("cuda", torch.bfloat16, marks=cuda),
+    pytest.param("cuda", torch.float16, marks=cuda),
+    pytest.param("cuda", torch.float32, marks=cuda)])
+@pytest.mark.parametrize("name", ROWS)
+def test_other_devices_and_half_precision(load, untrained, name, device, dtype):  # noqa: F811
+    """One step from the same draws: θ stays float32, and goes where the CPU's float32 sends it."""
+    words = words_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
+    words |= {"bridge_start": 0.0, "bridge_steps": 3} if name == "bridge" else {}
+    method, steps = replace(ROWS[name], steps=1, t_min=0.3), []
+    for where in (("cpu", torch.float32), (device, dtype)):
+        theta = go(load("epsilon", *where), method, words=words).generator.theta
+        assert theta.dtype == theta.grad.dtype == torch.float32
+        steps.append(theta.grad.cpu().flatten())
+    assert nn.functional.cosine_similarity(*steps, dim=0) > 0.99
+
+
 def recording(phi):
     """φ that keeps the ε and the t it is given."""
     phi.seen, forward = [], phi.forward
@@ -675,7 +725,7 @@ def network(prior, random):  # noqa: F811
     ("lmc", {"fixed_noise": True}, network), ("csd", {}, None), ("bridge", {}, None)])
 def test_n_plus_m_steps_are_n_then_m(prior, untrained, name, changes, generator):  # noqa: F811
     """Fixed noise, the network's own draws and the φs that know the step: bit for bit."""
-    method = replace((asd.METHODS | METHODS)[name], steps=4, **changes)
+    method = replace((asd.METHODS | METHODS)[name], steps=4, t_late=1.0, **changes)
     made = None if generator is None else lambda random: generator(prior, random)
     words = words_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
 
@@ -758,8 +808,9 @@ def test_words_never_seen_are_named(cli):  # noqa: F811
 
 @pytest.mark.parametrize("flags", [["--fixed-noise"], ["--generator", "network"]])
 def test_a_resumed_run_is_the_whole_run(cli, flags):  # noqa: F811
-    cli("--method", "sds", "--steps", 4, "--out", "whole", *flags)
-    cli("--method", "sds", "--steps", 2, "--out", "part", *flags)
+    flags = ["--method", "sds", "--t-late", 1, *flags]
+    cli("--steps", 4, "--out", "whole", *flags)
+    cli("--steps", 2, "--out", "part", *flags)
     assert cli("--resume", "part", "--steps", 4)[0] == 0
     one, two = checkpoint("whole"), checkpoint("part")
     named = [name for name in one if "frame" not in name]
@@ -803,6 +854,72 @@ def test_make_phi_takes_one_prompt_or_all(prior):  # noqa: F811
 def test_the_file_stays_small():
     """A method is a row and at most one small class: 400 lines hold them all."""
     assert len((HERE / "variants.py").read_text().splitlines()) < 400
+
+
+# --------------------------------------------------------------------------------- the figures
+@pytest.fixture
+def small_figures(prior, tmp_path, monkeypatch):  # noqa: F811
+    """reproduce.py in tmp_path, with two methods and prompts, one step each and no judge."""
+    import editing
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *_: prior)
+    b_k = Bias(4)
+    monkeypatch.setattr(corrective, "load_bias", lambda *_: b_k)
+    monkeypatch.setattr(reproduce, "clip_score", lambda image, prompt: 0.5)
+    monkeypatch.setattr(reproduce, "PROMPTS", [PROMPT, "a fox"])
+    monkeypatch.setattr(reproduce, "NEIGHBOURS", {
+        name: reproduce.NEIGHBOURS[name] for name in ("sds", "lmc")})
+    for table, name in ((asd.METHODS, "sds"), (METHODS, "lmc"), (METHODS, "bridge"),
+                        (editing.METHODS, "dds"), (editing.METHODS, "asd")):
+        monkeypatch.setitem(table, name, replace(table[name], steps=1))
+    monkeypatch.setitem(reproduce.BRIDGE, "steps", 1)
+
+
+def test_grid_is_made_in_parts_and_kept(small_figures, monkeypatch, capsys):
+    reproduce.main(["grid", "--part", "1/2"])
+    assert "no figure" in capsys.readouterr().out and not Path("figures").exists()
+    reproduce.main(["grid", "--part", "2/2"])
+    made = contents("outputs")
+    assert capsys.readouterr().out.endswith("figures/neighbours.png\n") and len(made) == 8
+    assert contents("figures").keys() == {"neighbours.png", "thumb-sds.png", "thumb-lmc.png"}
+    seen = []
+    monkeypatch.setattr(reproduce, "make_cell", lambda *cell: seen.append(cell[1:3]))
+    reproduce.main(["grid"])                                  # nothing is made again …
+    assert seen == [] and contents("outputs") == made
+    monkeypatch.setitem(asd.METHODS, "sds", replace(asd.METHODS["sds"], lr=0.05))
+    reproduce.main(["grid"])                                  # … but what has changed
+    assert seen == [("sds", PROMPT), ("sds", "a fox")]
+
+
+def test_grid_cell_is_the_command_lines_picture(prior, cli):  # noqa: F811
+    cli("--method", "sds")
+    image = reproduce.distilled(prior, replace(asd.METHODS["sds"], steps=3), PROMPT)
+    torch.testing.assert_close(image, prior.decode(checkpoint("run")["theta.0"]))
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/2/3"])
+def test_grid_part_is_one_line(capsys, part):
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["grid", "--part", part])
+    assert capsys.readouterr().err.startswith(f"reproduce.py: --part {part} is no part")
+
+
+@pytest.mark.parametrize("sharpness, saturation, said", [
+    (0.3, 0.1, "is sharper than SDS at 7.5 (+0.100 ± 0.000) and less saturated (-0.100"),
+    (0.1, 0.3, "is not sharper than SDS at 7.5 (-0.100 ± 0.000) and not less saturated (+0.100")])
+def test_grid_says_which_way_it_comes_out(capsys, sharpness, saturation, said):
+    cell = {"saturation": 0.2, "sharpness": 0.2, "clip": 0.5}
+    reproduce.print_neighbours({"sds": [cell] * 5, "lmc": [
+        cell | {"saturation": saturation, "sharpness": sharpness}] * 5})
+    assert f"LMC-SDS at guidance 2 {said}" in capsys.readouterr().out
+
+
+def test_bridge_figure(small_figures, monkeypatch, capsys):
+    """Its drawings are those of examples/, or samples."""
+    monkeypatch.setattr(reproduce, "ddim_samples", lambda _, prompts, x_T: x_T)
+    reproduce.main(["bridge"])
+    *lines, path = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and path == "figures/bridge.png" and Path(path).exists()
 
 
 # ----------------------------------------------------------------------------------- benchmarks

@@ -279,7 +279,7 @@ class Exact(NoisePhi):
     def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         levels = self.prior.alpha_sigma(t)
         x0 = one_step_x0(x_t, eps, *levels)
-        prompt = torch.unique(cond.flatten(1), dim=0, return_inverse=True)[1]
+        prompt = torch.unique(cond.flatten(1).float(), dim=0, return_inverse=True)[1]
         eps_g = mean_noise(x_t, x0, *levels, prompt[:, None] == prompt, self.bandwidth)
         return optimal_eps_phi(eps_g, eps_y, self.gamma)
 
@@ -288,7 +288,7 @@ PHIS = {"csd": CSD, "nfsd": NFSD, "bridge": Bridge, "lmc": Corrective, "exact": 
 METHODS = {
     "csd": Method(phi="csd"),                          # λ is only a factor, which Adam divides out
     "nfsd": Method(phi="nfsd"),
-    "bridge": Method(phi="bridge", lam=40.0),          # of both stages, as in its repository
+    "bridge": Method(phi="bridge"),                    # its repository: λ = 40 in both stages
     "lmc": Method(phi="lmc", lam=2.0),
 }
 
