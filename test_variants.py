@@ -532,16 +532,16 @@ def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
     Path("prompts").write_text("a red apple\na blue fox\n")
     flags = ["train-corrective", "--model", model, "--samples", "3", "--ddim", "2", "--batch", "2",
-             "--minutes", "0.005", "--device", "cpu", "--out", "b.safetensors"]
+             "--minutes", "0.005", "--device", "cpu", "--out", "made/b.safetensors"]
     assert variants.main(flags) == 0
-    assert capsys.readouterr().out == "b.safetensors\n"
+    assert capsys.readouterr().out == "made/b.safetensors\n"
     made = contents("data")
     monkeypatch.setattr(corrective, "ode_end", None)          # no sample is made again
     assert variants.main(flags) == 0 and contents("data").keys() == made.keys()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
-    status, _, err = cli("--method", "lmc", "--corrective", "b.safetensors", "--model", model)
+    status, _, err = cli("--method", "lmc", "--corrective", "made/b.safetensors", "--model", model)
     assert status == 0, err
     assert variants.main([*flags, "--prompts", "prompts"]) == 0
     (tmp_path / "pictures").mkdir()
@@ -552,8 +552,11 @@ def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
     assert len(list(Path("data").glob("*samples*"))) == 2
     assert variants.main([*flags, "--images", "nowhere"]) == 2
     assert len(list(Path("data").glob("*.checkpoint.*"))) == 3    # of its own for each
+    Path("prompts").write_text("a blue fox\n")
+    assert variants.main([*flags, "--prompts", "prompts"]) == 0
+    assert len(list(Path("data").glob("*samples*"))) == 3
     assert variants.main([*flags, "--lr", "1e-3"]) == 0
-    assert len(list(Path("data").glob("*.checkpoint.*"))) == 4
+    assert len(list(Path("data").glob("*.checkpoint.*"))) == 5
 
 
 @pytest.mark.parametrize("flags, part", [
