@@ -1,7 +1,7 @@
 """Posed pictures of simple solids, with ground truth: signed distance functions and sphere tracing.
 
-    python solids.py --out sheet.png                 # contact sheet: every kind, four views
-    python solids.py --out duck.png --kind duck      # one kind in every colour, four views
+    c2w = camera_to_world(20.0, 45.0, 2.7)           # elevation, azimuth, distance
+    picture = render(["mug"], ["red"], c2w)          # .rgb, .opacity, .depth
 
 Training data for tiny_sd.py («a red mug, front view» with the picture it describes) and the ground
 truth nerf.py is measured against: the picture, its mask, its depth and the surface are all known.
@@ -18,14 +18,13 @@ distance, so a step of sphere tracing never passes through the surface.
 Speed: 1000 pictures of 64×64 take about 20 s on one core. Where other programs hold the cores,
 OMP_NUM_THREADS=1 keeps threads from waiting for each other.
 """
-import argparse
 import math
-import os
-import sys
 from functools import reduce
 from typing import NamedTuple
 
 import torch
+
+from nerf import rays
 
 COLORS = {
     "red": (0.88, 0.10, 0.10), "orange": (1.00, 0.50, 0.05), "yellow": (1.00, 0.86, 0.10),
@@ -156,14 +155,23 @@ def cut(*d):
 
 # ---- the kinds: each gives its parts, [(distance, colour), …], in units of its own. --------------
 
-KINDS = {}                       # name -> Kind
-
-
 class Kind(NamedTuple):
     parts: object                # p -> [(distance, colour), ...]
-    radius: float                # of a ball about (0, 0, height) that encloses the parts
-    height: float
-    has_front: bool              # whether front and back views differ
+    radius: float = 1.0          # of a ball about (0, 0, height) that encloses the parts
+    height: float = 0.0
+    has_front: bool = False      # whether front and back views differ
+
+
+SLOPE = math.atan2(1.5, 0.85)    # of the pyramid's faces: base 1.7, height 1.5
+KINDS = {
+    "ball": Kind(lambda p: [(sphere(p, 1), BODY)]),
+    "cube": Kind(lambda p: [(box(p, 0.6, 0.6, 0.6, 0.05), BODY)], 1.01),
+    "cone": Kind(lambda p: [(lathe(p, (0, -0.6), (0.8, -0.6), (0, 1)), BODY)]),
+    "cylinder": Kind(lambda p: [(drum(p, 0.6, 0.8, 0.02), BODY)]),
+    "pyramid": Kind(lambda p: [(cut(torch.maximum(p[0].abs(), p[1].abs()) * math.sin(SLOPE)
+                                    + (p[2] - 1) * math.cos(SLOPE), -0.5 - p[2]), BODY)],
+                    1.245, -0.22),
+}
 
 
 def solid(radius, height=0.0, front=False):
@@ -172,33 +180,6 @@ def solid(radius, height=0.0, front=False):
         KINDS[parts.__name__.replace("_", " ")] = Kind(parts, radius, height, front)
         return parts
     return add
-
-
-@solid(1.0)
-def ball(p):
-    return [(sphere(p, 1), BODY)]
-
-
-@solid(1.01)
-def cube(p):
-    return [(box(p, 0.6, 0.6, 0.6, 0.05), BODY)]
-
-
-@solid(1.0)
-def cone(p):
-    return [(lathe(p, (0, -0.6), (0.8, -0.6), (0, 1)), BODY)]
-
-
-@solid(1.0)
-def cylinder(p):
-    return [(drum(p, 0.6, 0.8, 0.02), BODY)]
-
-
-@solid(1.245, -0.22)
-def pyramid(p):
-    slope = math.atan2(1.5, 0.85)                           # of a face: base 1.7, height 1.5
-    face = torch.maximum(p[0].abs(), p[1].abs()) * math.sin(slope) + p[2] * math.cos(slope)
-    return [(cut(face - math.cos(slope), -0.5 - p[2]), BODY)]
 
 
 @solid(0.98, front=True)
@@ -459,22 +440,6 @@ def camera_to_world(elevation_deg, azimuth_deg, distance):
     return torch.stack([right, up, back, position], -1)
 
 
-def rays(c2w, fovy_deg, size, offset=(0.5, 0.5)):
-    """Origins and unit directions, each [B, H, W, 3], H = W = size, through the pixels' centres.
-
-    c2w [B, 4, 4]; fovy_deg, the full vertical angle, a float or [B]; offset (right, down) is the
-    place in the pixel, in pixels.
-    """
-    half = torch.deg2rad(torch.as_tensor(fovy_deg, dtype=c2w.dtype, device=c2w.device) / 2).tan()
-    index = torch.arange(size, dtype=c2w.dtype, device=c2w.device)
-    u, v = ((2 * (index + o) / size - 1) for o in offset)
-    half = half.reshape(-1, 1, 1).expand(len(c2w), size, size)
-    d = torch.stack([half * u, -half * v[:, None], -torch.ones_like(half)], -1)
-    d = torch.nn.functional.normalize(d, dim=-1)
-    d = (c2w[:, None, None, :3, :3] @ d[..., None]).squeeze(-1)
-    return c2w[:, None, None, :3, 3].expand_as(d), d
-
-
 def view_word(elevation_deg, azimuth_deg):
     """One of VIEWS, as in DreamFusion and threestudio.
 
@@ -566,123 +531,57 @@ def shadow(kind, p, steps=10, sharpness=10.0):
 
 
 def cast(kind, origins, directions, palette, picture):
-    """RGB [N, 3] on white and depth [N] of rays [N, 3] at pictures of one kind."""
-    rgb, depth = torch.ones_like(directions), directions.new_empty(len(directions))
-    for part in torch.arange(len(directions), device=directions.device).split(1 << 18):
+    """RGB on white, opacity and depth [N, 5] of rays [N, 3] at pictures of one kind."""
+    seen = torch.cat([torch.ones_like(directions), torch.zeros_like(directions)[:, :2]], 1)
+    for part in torch.arange(len(seen), device=seen.device).split(1 << 18):
         o, d = (v[part].t().contiguous().unbind() for v in (origins, directions))
         t = trace(kind, o, d)
         hit = t.isfinite()
         p = along([c[hit] for c in o], [c[hit] for c in d], t[hit])
-        rgb[part[hit]] = shade(kind, p, palette, picture[part[hit]])
-        depth[part] = t
-    return rgb, depth
+        seen[part[hit], :3] = shade(kind, p, palette, picture[part[hit]])
+        seen[part, 3:] = torch.stack([hit.to(t), t], 1)
+    return seen
 
 
 @torch.no_grad()
 def render(kinds, colors, c2w, fovy_deg=40.0, size=64, supersample=3):
     """A Picture of B solids, one per camera.
 
-    kinds, colors: B names each; c2w [B, 4, 4]; fovy_deg a float or [B]. Every pixel's centre is
-    traced; pixels where the colour changes are then averaged over supersample² rays (1: none).
-    Raises ValueError for an unknown kind or colour, or where the lengths differ.
+    kinds, colors: B names each; c2w [B, 4, 4]; fovy_deg the full vertical angle. Every pixel's
+    centre is traced; pixels where the colour changes are then averaged over supersample² rays (1:
+    none). Raises ValueError for an unknown kind or colour, or where the lengths differ.
     """
-    if not len(kinds) == len(colors) == len(c2w):
-        raise ValueError(f"{len(kinds)} kinds, {len(colors)} colours and {len(c2w)} cameras: "
-                         "there must be one of each per picture")
     B = len(c2w)
+    if not len(kinds) == len(colors) == B:
+        raise ValueError(f"{len(kinds)} kinds, {len(colors)} colours and {B} cameras: "
+                         "there must be one of each per picture")
     body = [lookup(COLORS, c, "colour") for c in colors]
-    fovy = torch.as_tensor(fovy_deg, dtype=c2w.dtype, device=c2w.device).expand(B)
-    rgb, opacity = c2w.new_ones(B, size, size, 3), c2w.new_zeros(B, size, size)
-    depth = c2w.new_zeros(B, size, size)
+    seen = c2w.new_empty(B, size, size, 5)                  # RGB, opacity, depth
     for kind in dict.fromkeys(kinds):
         which = [i for i, k in enumerate(kinds) if k == kind]
         painted = [c for _, c in parts(kind, c2w.new_zeros(3, 1).unbind())]
         palette = c2w.new_tensor([[part_color(c, body[i]) for c in painted] for i in which])
-        which = torch.tensor(which, device=c2w.device)
-        rgb[which], opacity[which], depth[which] = _render_kind(
-            kind, palette, c2w[which], fovy[which], size, supersample)
-    return Picture(rgb.movedim(-1, 1).contiguous(), opacity[:, None], depth[:, None])
+        seen[which] = _render_kind(kind, palette, c2w[which], fovy_deg, size, supersample)
+    return Picture(*(v.contiguous() for v in seen.movedim(-1, 1).split((3, 1, 1), 1)))
 
 
-def _render_kind(kind, palette, c2w, fovy, size, supersample):
-    """RGB [B, H, W, 3], opacity and depth [B, H, W] of B pictures of one kind."""
-    B = len(c2w)
-    index = torch.arange(B, device=c2w.device)[:, None, None].expand(B, size, size)
-    o, d = rays(c2w, fovy, size)
-    rgb, depth = cast(kind, o.reshape(-1, 3), d.reshape(-1, 3), palette, index.reshape(-1))
-    rgb, depth = rgb.view(B, size, size, 3), depth.view(B, size, size)
-    opacity = depth.isfinite().to(rgb)
+def _render_kind(kind, palette, c2w, fovy_deg, size, supersample):
+    """RGB, opacity and depth [B, H, W, 5] of B pictures of one kind."""
+    index = torch.arange(len(c2w), device=c2w.device)[:, None, None].expand(-1, size, size)
+    o, d = rays(c2w, fovy_deg, size)
+    seen = cast(kind, o.reshape(-1, 3), d.reshape(-1, 3), palette, index.flatten()) \
+        .view(len(c2w), size, size, 5)
     if supersample == 1:
-        return rgb, opacity, depth
-    seen = torch.cat([rgb.movedim(-1, 1), opacity[:, None]], 1)
+        return seen
+    color = seen[..., :4].movedim(-1, 1)
     pool = lambda v: torch.nn.functional.max_pool2d(v, 3, 1, 1)
-    edge = (pool(seen) + pool(-seen) > 0.06).any(1)         # max − min over the 3×3 neighbours
-    places = [(i + 0.5) / supersample for i in range(supersample)]
-    o, d = zip(*((o[edge], d[edge]) for o, d in
-                 (rays(c2w, fovy, size, (u, v)) for u in places for v in places)))
-    n = len(o)
-    color, t = cast(kind, torch.cat(o), torch.cat(d), palette, index[edge].repeat(n))
-    rgb[edge] = color.view(n, -1, 3).mean(0)
-    opacity[edge] = t.isfinite().to(rgb).view(n, -1).mean(0)
-    return rgb, opacity, depth
-
-
-# ---- command line --------------------------------------------------------------------------------
-
-POSES = ((20, 0), (20, 90), (20, 180), (75, 0))             # elevation, azimuth: one per view word
-
-
-def sheet(kind=None, size=64, seed=0):
-    """The contact sheet as uint8 [H, W, 3]: two blocks of rows, four views to a row."""
-    names = [k for k in KINDS for _ in POSES] if kind is None else [kind] * 4 * len(COLORS)
-    draw = torch.Generator().manual_seed(seed)
-    colors = list(COLORS) if kind else [
-        list(COLORS)[i] for i in torch.randint(len(COLORS), (len(KINDS),), generator=draw)]
-    colors = [c for c in colors for _ in POSES]
-    el, az = torch.tensor(POSES * (len(names) // 4)).T
-    rgb = render(names, colors, camera_to_world(el, az, 2.7), size=size).rgb
-    rows = rgb.view(-1, 4, *rgb.shape[1:])                  # [rows, 4, 3, H, W]
-    if len(rows) % 2:
-        rows = torch.cat([rows, torch.ones_like(rows[:1])])
-    rows = rows.view(2, -1, 4, 3, size, size).permute(1, 4, 0, 2, 5, 3)
-    return (rows.reshape(-1, 8 * size, 3) * 255).round().to(torch.uint8)
-
-
-def save(picture, path):
-    """Writes uint8 [H, W, 3] as a PNG, under another name until it is whole."""
-    from PIL import Image
-    part = f"{path}.part"
-    try:
-        Image.fromarray(picture.numpy()).save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
-def fail(message):
-    """One line on stderr; the exit status of a user's mistake."""
-    print(f"solids.py: {message}", file=sys.stderr)
-    return 2
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="sheet.png", help="the picture to write")
-    parser.add_argument("--kind", help="this kind only, in every colour")
-    parser.add_argument("--size", type=int, default=64, help="pixels per picture")
-    parser.add_argument("--seed", type=int, default=0, help="of the random colours")
-    args = parser.parse_args(argv)
-    try:
-        if args.size < 1:
-            raise ValueError(f"--size {args.size}: must be at least 1 pixel")
-        save(sheet(args.kind, args.size, args.seed), args.out)
-    except OSError as error:
-        return fail(f"cannot write {args.out}: {error.strerror or error}")
-    except (ValueError, ImportError) as error:
-        return fail(str(error))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    edge = (pool(color) + pool(-color) > 0.06).any(1)       # max − min over the 3×3 neighbours
+    n = supersample
+    o, d = (v.unflatten(2, (size, n)).unflatten(1, (size, n)).transpose(2, 3)[edge]
+            for v in rays(c2w, fovy_deg, n * size))         # [pixels, n, n, 3]
+    finer = cast(kind, o.reshape(-1, 3), d.reshape(-1, 3), palette,
+                 index[edge].repeat_interleave(n * n))
+    mean = seen[edge]
+    mean[:, :4] = finer[:, :4].view(-1, n * n, 4).mean(1)
+    seen[edge] = mean
+    return seen

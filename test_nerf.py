@@ -315,9 +315,16 @@ def test_rays_go_through_the_pixels_centres():
 
 
 @given(st.floats(-80, 80), st.floats(-180, 180), st.floats(20, 60))
-def test_rays_are_those_of_solids(elevation, azimuth, fovy):
+def test_points_on_a_ray_are_seen_in_its_pixel(elevation, azimuth, fovy):
+    """The projection (x, y)/(−z tan(fovy/2)) of a point on it is the pixel's centre in [−1, 1]²."""
     c2w = solids.camera_to_world(torch.tensor([elevation], **DOUBLE), azimuth, 2.7)
-    close(nerf.rays(c2w, fovy, 6), solids.rays(c2w, fovy, 6), **TIGHT)
+    o, d = (v[0] for v in nerf.rays(c2w, fovy, 6))
+    x, y, z = ((o + 1.7 * d - c2w[0, :3, 3]) @ c2w[0, :3, :3]).unbind(-1)
+    centers = (2 * torch.arange(6, **DOUBLE) + 1) / 6 - 1
+    scale = -z * math.tan(math.radians(fovy / 2))
+    close(x / scale, centers.expand(6, 6), **TIGHT)
+    close(y / scale, -centers[:, None].expand(6, 6), **TIGHT)
+    close(d.norm(dim=-1), torch.ones(6, 6, **DOUBLE), **TIGHT)
 
 
 def test_a_camera_looks_at_the_origin():

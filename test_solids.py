@@ -225,10 +225,10 @@ def test_the_colour_seen_is_the_colour_said():
 
 def test_a_mixed_batch_is_each_picture_alone():
     batch = (["car", "duck", "car"], ["red", "green", "blue"])
-    c2w, fovy = camera_to_world(torch.tensor([0., 20, 70]), 30, 2.7), torch.tensor([30., 40, 50])
-    together = render(*batch, c2w, fovy, 16)
+    c2w = camera_to_world(torch.tensor([0., 20, 70]), 30, 2.7)
+    together = render(*batch, c2w, size=16)
     for i, (kind, color) in enumerate(zip(*batch)):
-        alone = render([kind], [color], c2w[i:i + 1], fovy[i], 16)
+        alone = render([kind], [color], c2w[i:i + 1], size=16)
         for a, b in zip(together, alone):
             torch.testing.assert_close(a[i], b[0])
 
@@ -259,26 +259,3 @@ def test_unknown_words_are_refused():
         caption("ball", "mauve")
     with pytest.raises(ValueError, match="2 kinds, 1 colours"):
         render(["ball", "cube"], ["red"], camera_to_world(0, 0, 3))
-
-
-def test_command_line_draws_a_sheet(tmp_path, monkeypatch):
-    image = pytest.importorskip("PIL.Image")
-    monkeypatch.setattr(solids, "KINDS", {k: KINDS[k] for k in ("ball", "mug", "heart")})
-    out = tmp_path / "sheet.png"
-    assert solids.main(["--out", str(out), "--size", "8"]) == 0
-    picture = image.open(out)
-    assert picture.size == (8 * 8, 2 * 8)                   # 2 × 2 rows of four; one is empty
-    assert picture.crop((32, 8, 64, 16)).getextrema() == ((255, 255),) * 3
-    assert picture.crop((0, 0, 32, 16)).getextrema() != ((255, 255),) * 3
-    assert [f.name for f in tmp_path.iterdir()] == ["sheet.png"]
-
-
-@pytest.mark.parametrize("arguments, message", (
-    (["--kind", "dog"], "unknown kind 'dog'"), (["--size", "0"], "at least 1"),
-    (["--kind", "cube", "--size", "2", "--out", "no/such/folder.png"],
-     "cannot write no/such/folder.png")))
-def test_mistakes_end_in_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert solids.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
