@@ -61,8 +61,8 @@ def _per_sample(c, like):
 
 
 def _norm2(v):
-    """‖v‖²₂ per sample: [B, …] -> [B]."""
-    return v.square().flatten(1).sum(1)
+    """‖v‖²₂ per sample: [B, …] -> [B], at least float32: a sum over a picture overflows half."""
+    return v.to(torch.promote_types(v.dtype, torch.float32)).square().flatten(1).sum(1)
 
 
 def add_noise(x0, eps, alpha_t, sigma_t):
@@ -219,8 +219,7 @@ class Latents(nn.Module):
             start = torch.randn(particles, *prior.shape, generator=rng).to(prior.device)
         else:
             with torch.no_grad():
-                start = prior.encode_image(images.to(prior.device))
-            start = start.repeat(particles // len(start), 1, 1, 1)
+                start = repeated(prior.encode_image(images.to(prior.device)), particles)
         self.theta = nn.Parameter(start)
 
     def forward(self):
@@ -232,16 +231,15 @@ class Latents(nn.Module):
         return self.prior.decode(self.theta)
 
 
-class Pixels(Latents):
+class Pixels(nn.Module):
     """θ is the picture; x0 is its encoding, so that gradients reach the pixels through the VAE."""
 
     def __init__(self, prior, particles=1, rng=None, images=None):
-        super().__init__(prior, particles, rng)
+        super().__init__()
+        self.prior = prior
         if images is None:
-            size = self.prior.decode(self.theta[:1]).shape[1:]
-            images = 0.5 + 0.1 * torch.randn(particles, *size, generator=rng)
-        images = images.to(prior.device).repeat(particles // len(images), 1, 1, 1)
-        self.theta = nn.Parameter(images)
+            images = 0.5 + 0.1 * torch.randn(particles, 3, *prior.image_size, generator=rng)
+        self.theta = nn.Parameter(repeated(images.to(prior.device), particles))
 
     def forward(self):
         return self.prior.encode_image(self.theta)
@@ -249,6 +247,13 @@ class Pixels(Latents):
     @torch.no_grad()
     def images(self):
         return self.theta.clamp(0, 1)
+
+
+def repeated(start, particles):
+    """[N, …] -> [particles, …], a multiple of N, in turn; ValueError where it is none."""
+    if particles % len(start):
+        raise ValueError(f"{particles} particles cannot start from {len(start)} pictures alike")
+    return start.repeat(particles // len(start), *[1] * (start.dim() - 1))
 
 
 # --------------------------------------------------------------------------- methods and the loop
@@ -486,7 +491,8 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
         loss_D = learn()
         learn = lambda: loss_D                                              # noqa: E731
     # … and ε_φ: with its graph where the discriminator's step uses it again
-    keep = trains and again and not (method.phi_first or micro_batch) and camera is None
+    whole = micro_batch is None or micro_batch >= len(x0)
+    keep = trains and again and whole and not method.phi_first and camera is None
     with torch.set_grad_enabled(keep):
         eps_phi = predict_phi(d.phi, x_t, t, y, null, eps, camera, method.lam_phi, micro_batch,
                               eps_uncond, eps_y)
@@ -509,7 +515,8 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     phi         default: as method.phi says.
     second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
     state       a State to go on with (then phi and second are the state's); default: a new one.
-    micro_batch samples per UNet call; default: all.
+    micro_batch samples per UNet call; default: all. Below B, φ's graph is not kept: with shared
+                noise φ is evaluated once more.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
 
     Returns the State. UNet evaluations per particle and step: SDS 2; with shared noise 3 + 1

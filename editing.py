@@ -66,7 +66,8 @@ METHODS = {
     "dds": Edit(**SETTING | {"lr": 0.02, "omega": "1"}, phi="noise", t_min=0.05, t_max=0.948),
     "sds": Edit(**SETTING, phi="noise", phi_z="none"),
 }
-NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600}       # of --network: weights, no picture
+# of --network: weights, no picture; late t, as for pictures made from noise, washes blotches out
+NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_late": 0.5}
 
 
 def methods(network=False):

@@ -198,7 +198,9 @@ class NeRF(nn.Module):
                                    self.kernels))
         # σ = softplus or exp of h₀ + b (1 − ‖x‖/r), the blob of Magic3D and threestudio
         log = h[:, 0] + self.blob * (1 - x.norm(dim=1) / (self.blob_radius * self.box))
-        return F.softplus(log) if self.density == "softplus" else log.clamp(max=9).exp(), h[:, 1:]
+        low = log.clamp(max=9)                # exp goes on as its tangent, so its gradient does
+        return F.softplus(log) if self.density == "softplus" else low.exp() * (1 + log - low), \
+            h[:, 1:]
 
     def forward(self, x, directions=None):
         """x [N, 3], unit directions [N, 3] where view is on -> (σ [N], RGB [N, 3])."""
@@ -235,14 +237,11 @@ class NeRF(nn.Module):
 
     def save(self, path):
         """All of it, as safetensors."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         part = Path(f"{path}.tmp")
         try:
-            save_file(self.state_dict(), part, {"nerf": json.dumps(self.settings)})
+            part.write_bytes(save(self.state_dict(), {"nerf": json.dumps(self.settings)}))
             part.replace(path)
-        except SafetensorError as error:               # a full disk, in the words of its library
-            raise OSError(str(error)) from error
         finally:
             part.unlink(missing_ok=True)
 
@@ -270,13 +269,16 @@ class Picture(NamedTuple):
 
 
 def rays(c2w, fovy_deg, height, width=None):
-    """Origins and unit directions [B, H, W, 3] through the pixels' centres; c2w [B, 4, 4]."""
+    """Origins and unit directions [B, H, W, 3] through the pixels' centres; c2w [B, 4, 4].
+
+    fovy_deg: the full vertical angle, one or [B].
+    """
     width = width or height
-    half = math.tan(math.radians(fovy_deg) / 2)
+    half = torch.deg2rad(torch.as_tensor(fovy_deg, dtype=c2w.dtype, device=c2w.device) / 2).tan()
+    half = half.expand(len(c2w))[:, None, None]
     place = lambda n: (2 * torch.arange(n, device=c2w.device, dtype=c2w.dtype) + 1) / n - 1
-    x, y = half * width / height * place(width), -half * place(height)
-    d = torch.stack([x.expand(height, width), y[:, None].expand(height, width),
-                     -torch.ones_like(x).expand(height, width)], -1)
+    x, y = half * width / height * place(width), -half * place(height)[:, None]
+    d = torch.stack(torch.broadcast_tensors(x, y, -torch.ones_like(half)), -1)
     d = F.normalize(d, dim=-1) @ c2w[:, None, :3, :3].transpose(-1, -2)  # [B, H, W, 3]
     return c2w[:, None, None, :3, 3].expand_as(d), d
 
@@ -367,7 +369,8 @@ def read_transforms(path, size):
         rgba = torch.from_numpy(np.stack(pictures)).float() / 255
         c2w = torch.tensor(matrices, dtype=torch.float32).view(len(rgba), 4, 4)
         fovy = math.degrees(2 * math.atan(math.tan(angle / 2) * full))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ArithmeticError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError,
+            Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
     return Posed(*rays(c2w, fovy, size, rgba.shape[2]), rgba[..., :3] * rgba[..., 3:], rgba[..., 3])
 

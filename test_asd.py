@@ -614,15 +614,25 @@ DTYPES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.
 
 @pytest.mark.parametrize("name, form, dtype", [*itertools.product(COEFFICIENTS, FORMS, DTYPES)])
 def test_coefficients_may_be_numbers_or_tensors(name, form, dtype):
-    """Float, 0-d or [B, 1, 1, 1], fp32 or not: the same result, in the dtype of ε."""
+    """Float, 0-d or [B, 1, 1, 1], fp32 or not: the same result, in the dtype of ε, losses at least
+    in float32."""
     count, coefficients = COEFFICIENTS[name]
     tensors = noise(0, (2, 2, 3, 3), count)
     reference = getattr(asd, name)(*tensors, *coefficients)
     result = getattr(asd, name)(*[t.to(dtype) for t in tensors],
                                 *[FORMS[form](c) for c in coefficients])
-    assert result.dtype == dtype and result.shape == reference.shape
+    least = torch.promote_types(dtype, torch.float32) if reference.ndim == 0 else dtype
+    assert result.dtype == least and result.shape == reference.shape
     error = (result.double() - reference).abs().max()
     assert error <= DTYPES[dtype] * (1 + reference.abs().max())
+
+
+@pytest.mark.parametrize("gamma", [-1.0, 0.0, 0.5])
+def test_a_picture_s_sum_does_not_overflow_half_precision(gamma):
+    tensors = [4 * v for v in noise(0, (1, 4, 96, 96), 3)]
+    loss = asd.discriminator_loss_text(*[v.half() for v in tensors], gamma)
+    torch.testing.assert_close(loss.double(), asd.discriminator_loss_text(*tensors, gamma),
+                               rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)

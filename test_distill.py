@@ -198,7 +198,7 @@ def test_v_conversion_is_exact_in_float64():
 
 
 def test_another_canvas_is_refused(prior):
-    x_t, t, cond = sample(prior)
+    _, t, cond = sample(prior)
     with pytest.raises(ValueError, match=r"\(4, 12, 8\).*\(4, 8, 8\)"):
         prior.eps(torch.zeros(2, 4, 12, 8), t, cond)
 
@@ -536,6 +536,40 @@ def test_lora_round_trip(prior, tmp_path, camera):
     assert {path.name for path in tmp_path.iterdir()} == files
 
 
+@pytest.mark.parametrize("other, words", [
+    ({"rank": 2}, "rank"), ({"targets": ("to_q",)}, "other layers"),
+    ({"targets": ("to_q", "to_k", "to_v", "to_out.0", "proj_in")}, "other layers")])
+def test_another_lora_is_refused(prior, tmp_path, other, words):
+    LoRAPhi(prior, **other).save(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        LoRAPhi(prior).load(tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_a_lora_of_another_scale_is_refused(prior, tmp_path, alpha):
+    """Trained with peft, saved by diffusers with what peft knows of it: alpha/r is 1 or 2."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+    phi = scramble(LoRAPhi(prior))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(phi.unet))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata={"r": 4, "lora_alpha": alpha})
+    again = LoRAPhi(prior)
+    if alpha == 4:
+        again.load(tmp_path)
+        assert same(trainable(phi), trainable(again))
+    else:
+        with pytest.raises(ValueError, match="scale"):
+            again.load(tmp_path)
+
+
+def test_lora_sits_where_it_is_told(prior):
+    names = [name for name, p in LoRAPhi(prior, targets=("to_q",)).unet.named_parameters()
+             if p.requires_grad]
+    assert names and all(".to_q." in name for name in names)
+
+
 def test_pipeline_takes_the_saved_embedding(either, folders, tmp_path):
     from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained(folders[either.prediction_type])
@@ -579,6 +613,15 @@ def test_pixels_are_learnt_through_the_encoder(prior):
     shown = state.generator.images()
     assert shown.shape == (2, 3, 16, 16) and shown.min() == 0 and shown.max() == 1
     assert Pixels(prior, 2, rng()).images().shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", [Latents, Pixels])
+def test_particles_take_the_pictures_in_turn(prior, kind):
+    images = torch.rand(2, 3, 16, 16, generator=rng())
+    theta = kind(prior, 4, rng(), images).theta
+    assert torch.equal(theta[:2], theta[2:]) and not torch.equal(theta[0], theta[1])
+    with pytest.raises(ValueError, match="3 particles"):
+        kind(prior, 3, rng(), images)
 
 
 # ------------------------------------------------------------------------------------- the loop
@@ -625,6 +668,15 @@ def test_unet_evaluations_per_particle_and_step(prior, name, phi, changes, forwa
         go(prior, method, state)
     assert counts["forward"] == 3 * forward
     assert counts["backward"] == counts["graph"] == 3 * backward
+
+
+@pytest.mark.parametrize("micro_batch, forward", [(3, 3), (2, 4)])
+def test_micro_batches_cost_one_evaluation_of_phi(prior, micro_batch, forward):
+    """With shared noise, where they are smaller than the batch: no graph is kept."""
+    state = make_state(prior, method := method_of("asd", steps=1, share_noise=True), particles=3)
+    with counted(prior.unet, state.phi.unet) as counts:
+        go(prior, method, state, micro_batch)
+    assert counts["forward"] == 3 * forward and counts["backward"] == counts["graph"] == 3
 
 
 def by_hand(prior, phi, theta, random, lam, low=20, high=980):

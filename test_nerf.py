@@ -327,6 +327,14 @@ def test_points_on_a_ray_are_seen_in_its_pixel(elevation, azimuth, fovy):
     close(d.norm(dim=-1), torch.ones(6, 6, **DOUBLE), **TIGHT)
 
 
+def test_each_camera_has_its_own_field_of_view():
+    c2w = solids.camera_to_world(torch.tensor([20.0, 30.0]), 40.0, 2.7)
+    both = nerf.rays(c2w, torch.tensor([30.0, 50.0]), 4, 6)
+    for i, fovy in enumerate((30.0, 50.0)):
+        for v, alone in zip(both, nerf.rays(c2w[i:i + 1], fovy, 4, 6)):
+            assert torch.equal(v[i:i + 1], alone)
+
+
 def test_a_camera_looks_at_the_origin():
     o, d = camera_rays(5)
     close(d[2, 2], -o[2, 2] / o[2, 2].norm())
@@ -539,6 +547,22 @@ def test_colours_depend_on_the_direction_only_if_asked():
     assert not torch.equal(small(view=True)(x, d)[1], small(view=True)(x, -d)[1])
 
 
+def test_dense_points_keep_a_gradient():
+    """exp is exp up to e⁹ and goes on as its tangent there."""
+    for height in (8.5, 9.5, 20.0):
+        field = small(density="exp", blob=height)
+        for layer in field.inner:
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.weight)
+        x = torch.tensor([[0.01, 0.0, 0.0]], requires_grad=True)
+        sigma, log = field.geometry(x)[0], height * (1 - 0.01 / field.blob_radius)
+        expected = math.exp(log) if log < 9 else math.exp(9) * (log - 8)
+        close(sigma, torch.tensor([expected]), rtol=1e-4, atol=0)
+        sigma.backward()
+        slope = -math.exp(min(log, 9)) * height / field.blob_radius
+        close(x.grad[0, 0], torch.tensor(slope), rtol=1e-3, atol=0)
+
+
 def test_a_checkpoint_renders_the_same_picture(tmp_path):
     field = small(view=True, seed=3)
     nn.init.normal_(field.table, generator=rng())
@@ -643,10 +667,13 @@ def test_wide_pictures_keep_their_angle(tmp_path):
         assert posed.color.shape == (1, 10, 20, 3) and (posed.opacity == 1).all()
         corner = posed.directions[0, 0, 0]
         close(corner / -corner[2], torch.tensor([-0.95, 0.45, -1]))      # the pixel's centre
-    frame["transform_matrix"] = torch.eye(4)[:3].tolist()
-    (tmp_path / "transforms.json").write_text(json.dumps({"frames": [frame] * 4} | angle))
-    with pytest.raises(ValueError, match="cannot be used"):
-        nerf.read_transforms(tmp_path / "transforms.json", 10)
+    bad = {"transform_matrix": torch.eye(4)[:3].tolist()}
+    for wrong in ({"w": 40, "fl_x": 0}, {}, angle | {"frames": []},
+                  angle | {"frames": [frame | bad] * 4},
+                  angle | {"frames": [frame | {"file_path": "nowhere"}]}):
+        (tmp_path / "transforms.json").write_text(json.dumps({"frames": [frame]} | wrong))
+        with pytest.raises(ValueError, match="cannot be used"):
+            nerf.read_transforms(tmp_path / "transforms.json", 10)
 
 
 def test_fit_stops_where_the_loss_is_not_finite():
@@ -656,7 +683,7 @@ def test_fit_stops_where_the_loss_is_not_finite():
 
 
 def test_fit_of_empty_pictures():
-    """Nothing to see: white pictures on white are fitted without an error, and without a mesh."""
+    """Nothing to see: white pictures on white are fitted without an error."""
     learnt, _ = scene.builtin_scene("ball", "blue", 2, 0, 8)
     empty, field = learnt._replace(color=learnt.color * 0, opacity=learnt.opacity * 0), small()
     field.inner[2].bias.data[0] = -100
@@ -694,6 +721,8 @@ def test_psnr_by_hand():
     (["--fit", "{tmp}"], "transforms.json cannot be used"),
     (["--fit", "mug", "--kernels", "triton"], "need CUDA, Triton"),
     (["--fit", "mug", "--device", "tpu9"], "tpu9"),
+    pytest.param(["--fit", "mug", "--device", "cuda"], "--device cuda cannot be used here",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
     (["--fit", "mug", "--steps", "0"], "--steps"),
     (["--fit", "ball", "--steps", "3", "--lr", "1e30", "--seed", "0", "--size", "8", "--pictures",
       "2", "--batch", "16", "--samples", "4", "--device", "cpu"], "loss is not finite"),
@@ -830,7 +859,7 @@ def make_scene(**changes):
 def test_scene_asks_each_view_for_its_own_prompt():
     """The camera that φ is told is the one the picture was taken by; its word fits."""
     s = make_scene(views=64)
-    c2w, cond = s.cameras()
+    c2w, _, cond = s.cameras()
     place = c2w[:, :3, 3]
     distance = place.norm(dim=1)
     elevation = torch.rad2deg(torch.asin(place[:, 2] / distance))
@@ -844,6 +873,19 @@ def test_scene_asks_each_view_for_its_own_prompt():
     assert (elevation[low] > 4.9).all() and (elevation[low] < 35.1).all()
     x0, cond, camera = make_scene()()
     assert x0.shape == (3, 3, 8, 8) and cond.shape == (3, 1, 1) and camera.shape == (3, 16)
+
+
+def test_scene_ranges_of_one_value_and_others():
+    s = make_scene(views=64, azimuth=(30, 30), elevation=(0, 0), overhead=0, fovy=(30, 50))
+    c2w, fovy, _ = s.cameras()
+    place = torch.nn.functional.normalize(c2w[:, :3, 3], dim=1)
+    turn = math.radians(30)
+    close(place, torch.tensor([[math.cos(turn), math.sin(turn), 0.0]]).expand(64, 3), rtol=0,
+          atol=1e-5)
+    assert 30 <= fovy.min() < 32 and 48 < fovy.max() <= 50
+    assert (make_scene().cameras()[1] == 40).all()
+    wide, narrow = (make_scene(fovy=(f, f), late=0.0) for f in (120.0, 20.0))
+    assert wide()[0].mean() > narrow()[0].mean()                  # more of the white around it
 
 
 def test_scene_renders_finer_later():
@@ -941,6 +983,18 @@ def test_text_to_3d_command(text_to_3d, tmp_path):
     status, out, err = text_to_3d("--steps", 1, "--threshold", 1e6, "--out", "run2",
                                   "--method", "sds")
     assert status == 0 and "no mesh: no surface" in err and out.endswith("turntable.gif\n")
+
+
+@pytest.mark.parametrize("flags", [
+    ["vsd", "--phi", "embedding"], ["vsd", "--phi", "exact"], ["csd"],
+    ["csd", "--negative", "a fox"],
+    ["nfsd", "--negative", "a fox"],
+    ["bridge", "--source-words", "a fox", "--target-words", "a {}"]], ids=" ".join)
+def test_every_method_makes_3d(text_to_3d, tmp_path, flags):
+    status, _, err = text_to_3d("--steps", 2, "--method", *flags)
+    assert status == 0, err
+    table = NeRF.load(tmp_path / "run/nerf.safetensors").table
+    assert table.isfinite().all() and not torch.equal(table, NeRF(seed=0).table)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -5,6 +5,7 @@ them (default 3).  The model is test_distill.py's tiny one; the last test uses t
 """
 import ast
 import functools
+import io
 import json
 import math
 import multiprocessing
@@ -125,6 +126,13 @@ def test_a_run_leaves_its_files(cli, model, name, phi, file):
     assert config["dtype"] == "torch.float32" and config["device"] == "cpu"
 
 
+def test_a_model_that_predicts_v_runs_too(cli, folders):                       # noqa: F811
+    status, out, _ = cli("--model", folders["v_prediction"], "--particles", 2)
+    assert status == 0 and Path(out.strip()).is_file() and len(metrics("run")) == 3
+    saved = checkpoint("run")
+    assert not torch.equal(saved["frame.0"], saved["frame.3"]) and saved["theta.0"].isfinite().all()
+
+
 def test_a_shell_shows_the_bar_and_the_path(model, tmp_path):
     """`python asd.py …` from anywhere: no warnings, nothing of the libraries' chatter."""
     flags = ["--model", model, "--prompt", "a red apple", "--steps", "1", "--device", "cpu"]
@@ -223,14 +231,19 @@ def test_settings_reach_the_loop(cli, monkeypatch):
     monkeypatch.setattr(runs, "make_phi", lambda *args, **words: seen.update(phi=args, words=words)
                         or make_phi(*args, **words))
     monkeypatch.setattr(runs, "distill", lambda *args, **kwargs: seen.update(args=args, **kwargs))
-    flags = {"method": "vsd", "lam": 3.5, "gamma": -0.5, "omega": "1", "t_min": 0.1, "t_max": 0.9,
-             "lr": 0.2, "phi_lr": 0.3, "lam_phi": 2.0, "phi_steps": 2, "steps": 11}
+    flags = {"method": "vsd", "lam": 3.5, "gamma": -0.5, "omega": "sigma2", "t_min": 0.1,
+             "t_max": 0.9, "t_max_late": 0.4, "t_late": 0.7, "lr": 0.2, "optimizer": "sgd",
+             "phi_lr": 0.3, "lam_phi": 2.0, "phi_steps": 2, "steps": 11}
     given = [part for key, value in flags.items() for part in ("--" + key.replace("_", "-"), value)]
-    status, _, _ = cli(*given, "--phi-first", "--share-noise", "--rank", 3, "--tokens", 2,
+    status, _, _ = cli(*given, "--phi-first", "--share-noise", "--fixed-noise", "--rank", 3,
+                       "--tokens", 2,
                        "--micro-batch", 1, "--checkpointing", "--seed", 8, "--pixels")
     assert status == 0 and seen["micro_batch"] == 1 and isinstance(seen["args"][1], asd.Pixels)
     del flags["method"]
-    assert seen["args"][3] == asd.Method(**flags, phi="lora", phi_first=True, share_noise=True)
+    method, row = seen["args"][3], asd.Method()
+    assert method == asd.Method(**flags, phi="lora", phi_first=True, share_noise=True,
+                                fixed_noise=True)
+    assert [name for name in vars(row) if vars(row)[name] == vars(method)[name]] == ["phi"]
     assert seen["phi"][2:] == (["a red apple"], 3, 2, True, 8)
     assert seen["words"] == {"lam": 3.5, "gamma": -0.5, "steps": 11} | dict.fromkeys(runs.WORDS)
 
@@ -272,6 +285,16 @@ def test_pictures_of_every_kind_are_read(tmp_path, mode, size, value):
               "RGB": (10, 20, 30), "I;16": (76,) * 3}[mode]
     expected = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 12, 16) / 255
     torch.testing.assert_close(image, expected, atol=0.006, rtol=0)
+
+
+def test_pictures_are_turned_as_the_camera_says(tmp_path):
+    picture = Image.new("RGB", (16, 16), "red")
+    picture.paste("blue", (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[274] = 3                                           # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    image = runs.read_image(tmp_path / "a.png", (16, 16))
+    assert image[0, 0, 0, 0] == 1 and image[0, 2, 15, 0] == 1
 
 
 def test_a_run_starts_from_the_picture(cli):
@@ -374,6 +397,7 @@ def test_a_resumed_run_keeps_its_settings(cli):
     one_line(cli("--resume", "run", "--prompt", "a blue fox"), "--prompt")
     one_line(cli("--resume", "run", "--pixels"), "--pixels")
     one_line(cli("--resume", "run", "--out", "other"), "--out")
+    one_line(cli("--resume", "run", "--steps", 1), "steps already", "--steps 1")
     assert contents("run") == before
     assert cli("--resume", "run", "--lam", 3, "--save-every", 7, "--device", "cpu")[0] == 0
 
@@ -398,6 +422,10 @@ def test_interrupted_run_says_how_to_go_on(cli, monkeypatch):
     (["--steps", "0"], ["--steps", "0"]),
     (["--steps", "-3"], ["--steps", "-3"]),
     (["--steps", "2.5"], ["--steps", "2.5"]),
+    (["--steps", "1" + 400 * "0"], ["--steps"]),
+    (["--particles", "900000000"], ["out of memory"]),
+    (["--phi", "embedding", "--lam-phi", "2"], ["--lam-phi", "lora"]),
+    (["--t-min", "0.6"], ["--t-min 0.6", "--t-max-late"]),
     (["--lr", "-1"], ["--lr", "-1"]),
     (["--particles", "0"], ["--particles"]),
     (["--rank", "0"], ["--rank"]),
@@ -435,6 +463,19 @@ def test_no_prompt_is_one_line(cli, capsys):
         'asd.py: give a --prompt that is not empty, such as --prompt "a red apple"\n'
 
 
+@pytest.mark.parametrize("flags", [["--device", "auto", "--dtype", "auto"],
+                                   ["--t-min", "0.6", "--t-late", "1"]])
+def test_this_is_no_mistake(cli, flags):
+    assert cli(*flags)[0] == 0
+
+
+def broken_chunk():
+    """A PNG whose second chunk says that it has no content."""
+    data = io.BytesIO()
+    Image.effect_noise((16, 16), 50).save(data, "PNG")
+    return data.getvalue()[:35] + b"\0" + data.getvalue()[36:]
+
+
 def png_of(width, height):
     """A PNG that announces this size and breaks off."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -443,7 +484,7 @@ def png_of(width, height):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"not a picture", png_of(16, 16), png_of(60000, 60000), None])
+    b"", b"not a picture", png_of(16, 16), png_of(60000, 60000), broken_chunk(), None])
 def test_picture_that_cannot_be_read_is_one_line(cli, content):
     Path("a.png").write_bytes(content) if content is not None else Path("a.png").mkdir()
     one_line(cli("--init", "a.png"), "a.png", "picture")
@@ -543,23 +584,22 @@ def test_divergence_is_one_line_and_keeps_the_checkpoint(cli):
 
 
 def full_disk(monkeypatch, real):
-    """The second checkpoint finds the disk full: as Python says it, or as safetensors does."""
-    import safetensors.torch
-    save, limits, calls = safetensors.torch.save_file, resource.getrlimit(resource.RLIMIT_FSIZE), []
+    """The second checkpoint finds the disk full: as we say it, or the system, in the middle."""
+    write, limits, calls = Path.write_bytes, resource.getrlimit(resource.RLIMIT_FSIZE), []
 
-    def save_file_on_full_disk(*args):
+    def write_bytes_on_full_disk(path, data):
         calls.append(1)
         if len(calls) < 2:
-            return save(*args)
+            return write(path, data)
         if not real:
-            Path(args[1]).write_bytes(b"half")
+            write(path, b"half")
             raise OSError(28, "No space left on device")
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         try:
-            save(*args)
+            write(path, data)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    monkeypatch.setattr(safetensors.torch, "save_file", save_file_on_full_disk)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes_on_full_disk)
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -572,6 +612,22 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint(cli, monkeypatch, real):
     assert all(torch.equal(kept[key], good[key]) for key in good if "frame" not in key)
     assert not list(Path("run").glob("*.tmp*"))
     assert cli("--resume", "run")[0] == 0 and len(metrics("run")) == 6
+
+
+@pytest.mark.parametrize("phi", ["lora", "embedding"])
+def test_full_disk_at_the_end_is_one_line(cli, monkeypatch, phi):
+    """Nothing but φ cannot be written; its libraries have an error of their own for that."""
+    import safetensors.torch
+
+    def save_file(*args, **kwargs):
+        raise safetensors.SafetensorError("No space left on device (os error 28)")
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", save_file)
+        one_line(cli("--phi", phi), "No space left")
+    Path("other").mkdir()
+    Path("other/phi").write_text("a file, no folder")
+    one_line(cli("--phi", phi, "--out", "other"), "phi")
+    assert cli("--resume", "run")[0] == 0
 
 
 # ------------------------------------------------------------------------------------ no pickles
