@@ -152,6 +152,18 @@ def test_the_loop_is_eq11(prior, name, monkeypatch):                            
     torch.testing.assert_close(state.generator.theta.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_dds_draws_t_and_weighs_as_its_notebook(prior, monkeypatch):             # noqa: F811
+    """t in 50 … 948 of 1000, ω(t) = 1 and no φ to train."""
+    bounds = []
+    draw = asd.draw
+    monkeypatch.setattr(asd, "draw", lambda *args: bounds.append(args[2:]) or draw(*args))
+    edit(prior, "dds", steps=2)
+    assert bounds == [(50, 948)] * 2
+    t = torch.tensor([50, 500, 948])
+    omega = asd.OMEGAS[editing.METHODS["dds"].omega](*prior.alpha_sigma(t))
+    assert (omega == 1).all() and editing.METHODS["dds"].phi == "noise"
+
+
 @pytest.mark.parametrize("name", ["asd", "asd-10", "dds"])
 def test_identical_prompts_and_image_give_no_gradient(prior, name):              # noqa: F811
     state, _, source = edit(prior, name, same_prompt=True)
@@ -576,9 +588,7 @@ def test_the_papers_three_cases(tiny, cases, name):
     one target are about as far from the source.
     """
     images, unrelated = cases
-    row = editing.METHODS[name]
-    method = replace(row, steps=row.steps // 3, lr=3 * row.lr)      # a third of the time
-    edited = editing.edit(tiny, images, SOURCES, TARGETS, method)
+    edited = editing.edit(tiny, images, SOURCES, TARGETS, name)
     for i, case in enumerate(SOURCES):
         before, after, other = (runs.distances(images[i:i + 1], x[i:i + 1], case, TARGETS[i])
                                 for x in (images, edited, unrelated))

@@ -1007,6 +1007,17 @@ def test_text_to_3d_with_a_prior_in_half_precision(text_to_3d, tmp_path, dtype):
         {torch.float32}
 
 
+def test_a_turntable_with_a_film(monkeypatch, tmp_path):
+    """ffmpeg is given the gif, and a place for the mp4 that is no half-written mp4."""
+    (tmp_path / "ffmpeg").write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scene.write_turntable(tmp_path / "turntable.gif", small(), frames=2, size=8, samples=4)
+    assert {p.name for p in tmp_path.iterdir()} == {"ffmpeg", "turntable.gif", "turntable.mp4"}
+    asked = (tmp_path / "turntable.mp4").read_text()
+    assert "turntable.gif" in asked and "mp4.tmp" in asked
+
+
 def test_a_turntable_without_a_film(monkeypatch, tmp_path, capsys):
     """An ffmpeg that fails costs the mp4, not the run."""
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\nexit 1\n")
