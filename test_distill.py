@@ -294,6 +294,18 @@ def test_folder_beside_the_code_is_found_from_anywhere(folders, no_network, monk
     assert Prior.from_pretrained("epsilon", "cpu").shape == (4, 8, 8) and no_network == []
 
 
+def test_the_embedded_model_comes_before_what_lies_around(folders, monkeypatch, tmp_path):
+    """A folder here comes before one beside the code, but for "tiny-sd", which means that one."""
+    for folder in ("here/tiny-sd", "here/other", "code/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    link_tree(folders["epsilon"], tmp_path / "code/tiny-sd")
+    monkeypatch.setattr("prior.HERE", tmp_path / "code")
+    monkeypatch.chdir(tmp_path / "here")
+    assert Prior.from_pretrained("tiny-sd", "cpu").shape == (4, 8, 8)
+    with pytest.raises(UserError, match="^other cannot be loaded"):
+        Prior.from_pretrained("other", "cpu")
+
+
 def test_lost_hub_model_is_one_line(no_network, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     name = "stabilityai/stable-diffusion-2-1-base"
