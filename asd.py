@@ -28,14 +28,16 @@ with the prompt y, and of the fake-sample model φ. Shapes: x0, x_t, ε [B, C, H
 are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t [B, 1, 1, 1]; λ, γ, η floats (tensors work too).
 ‖·‖² is a sum over all but the batch dimension, E the mean over the batch.
 
-Everything here needs torch alone, and the equations can be copied out one by one. The diffusion
-model is in prior.py, φ in phi.py, the command line in runs.py.
+Everything here needs torch alone, and the equations can be copied out one by one, with the three
+small helpers above them. The diffusion model is in prior.py, φ in phi.py, the command line in
+runs.py.
 """
 import functools
 import math
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -113,17 +115,12 @@ def generator_bound(log_p_y, log_p_phi, lam):
     return (log_p_phi - lam * log_p_y).mean()
 
 
-_warned_of_lambda = False
-
-
 def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     """Eq. 7: the gradient of Eq. 6's bound with respect to x0, with ω(t) for the factor α_t/σ_t.
 
     All [B, C, H, W]. Warns once where λ < 1: Eq. 6 is no upper bound of the generator's loss there.
     """
-    global _warned_of_lambda
-    if not _warned_of_lambda and float(lam.min() if torch.is_tensor(lam) else lam) < 1:
-        _warned_of_lambda = True
+    if float(lam.min() if torch.is_tensor(lam) else lam) < 1:     # Python shows it once per place
         warnings.warn("λ < 1: L'_G of Eq. 6 is no upper bound of the generator's loss",
                       stacklevel=2)
     # ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ )
@@ -261,8 +258,8 @@ def repeated(start, particles):
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd, and are the same for every row. Eq. 10 is
-    affine at γ = −1, φ never settles: θ must be slow, or colours run away. What is left of θ's
+    The defaults were chosen by looking, on tiny-sd; all rows have the same (but LMC-SDS λ 2). Eq. 10
+    is affine at γ = −1, φ never settles: θ must be slow, or colours run away. What is left of θ's
     initial noise goes only where small t have weight: ω = 1 (σ², the peers' choice, is a flag) and
     t < T/2 in the second half (the peers anneal t, too).
     """
@@ -308,8 +305,8 @@ class Discriminator:
     cond: torch.Tensor
     gamma: float = -1.0
     eta: float = 0.5
-    real: torch.Tensor | None = None
-    seen: torch.Tensor | None = None
+    real: torch.Tensor | Callable | None = None
+    seen: torch.Tensor | Callable | None = None
 
 
 class State:
@@ -387,11 +384,6 @@ def predict_prior(prior, x_t, t, y, null, lam, micro_batch=None):
             return eps_y, eps_y
         both = torch.cat([null.expand_as(y), y])
         return in_parts(micro_batch, prior.eps, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-
-
-def asked(phi, step, y, null):
-    """What the prior is asked for y and for ∅ at this step; a φ with fixed words may change it."""
-    return phi.prompts(step, y, null) if hasattr(phi, "prompts") else (y, null)
 
 
 def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None,
@@ -477,19 +469,20 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
     t, eps = noise
     alpha_t, sigma_t = prior.alpha_sigma(t)
     x_t = add_noise(_pictures(d.seen, x0), eps, alpha_t, sigma_t)
-    y, base = asked(d.phi, state.step, d.cond.expand(len(x0), -1, -1), null)
+    y, base = d.cond.expand(len(x0), -1, -1), null
+    if hasattr(d.phi, "prompts"):            # a φ with words of its own may change what is asked
+        y, base = d.phi.prompts(state.step, y, null)
     # ε_∅ and ε_y without a graph
     eps_uncond, eps_y = predict_prior(prior, x_t, t, y, base, method.lam, micro_batch)
     # φ may learn from the same t and ε: ε_y and ε_φ serve again if it sees the same x_t
     trains = any(p.requires_grad for p in d.phi.parameters())
     again = method.share_noise and d.seen is None and d.real is None
-    shared = {"noise": noise} if method.share_noise else {}
-    shared |= {"eps_y": eps_y} if again else {}
-    learn = functools.partial(update_phi, prior, state, method, d, x0, null, camera, micro_batch,
-                              **shared) if trains else lambda: 0.0
+    learn = functools.partial(
+        update_phi, prior, state, method, d, x0, null, camera, micro_batch,
+        noise if method.share_noise else None, eps_y if again else None) if trains else lambda: 0.0
     if method.phi_first:
         loss_D = learn()
-        learn = lambda: loss_D                                              # noqa: E731
+        learn = lambda: loss_D
     # … and ε_φ: with its graph where the discriminator's step uses it again
     whole = micro_batch is None or micro_batch >= len(x0)
     keep = trains and again and whole and not method.phi_first and camera is None
@@ -520,8 +513,8 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
 
     Returns the State. UNet evaluations per particle and step: SDS 2; with shared noise 3 + 1
-    backward; with fresh noise VSD 4 + 1, ASD 5 + 1. Raises FloatingPointError where a gradient or
-    loss is not finite.
+    backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD 5 + 1. Raises FloatingPointError
+    where a gradient or loss is not finite.
     """
     method = METHODS[method] if isinstance(method, str) else method
     if state is None:

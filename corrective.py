@@ -161,6 +161,7 @@ def encoded(prior, folder):
 def train(args):
     """Sample (or read) pictures, train b_k on them, write it. Resumes; see tiny_sd.Trainer."""
     import tiny_sd
+    from runs import usable
     torch.manual_seed(args.seed)
     name = Path(args.model).name
     if args.out is None and name != "tiny-sd":
@@ -169,12 +170,7 @@ def train(args):
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0].split(" device type")[0][:90]
-        raise UserError(f"--device {args.device} cannot be used here: {reason}") from error
-    prior = Prior.from_pretrained(args.model, args.device)
+    prior = Prior.from_pretrained(args.model, usable(args.device))
     # what was made with other weights, words or settings is never taken for this
     unet = fingerprint(*prior.unet.parameters())
     prompts, data = read_lines(args.prompts) if args.prompts else [], tiny_sd.DATA
@@ -199,7 +195,6 @@ def main(argv=None):
     """The command line of variants.py. -> exit status."""
     from safetensors import SafetensorError
 
-    import tiny_sd
     from runs import Parser, number
     parser = Parser(prog="variants.py", description="Train LMC-SDS's corrective b_k(x0, t).")
     parser.add_argument("task", choices=["train-corrective"])
@@ -213,12 +208,12 @@ def main(argv=None):
     add("--batch", type=number(int, 1), default=16, help="pictures per step (default 16)")
     add("--lr", type=number(float, 0, 1), default=2e-3, help="AdamW's (default 2e-3)")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of all randomness (default 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="auto", help="default auto: cuda where there is one")
     add("--out", metavar="FILE", help=f"where to (default, of tiny-sd: {OWN} beside this program)")
     args = parser.parse_args(argv)
     try:
         train(args)
-    except (UserError, tiny_sd.UserError, OSError, SafetensorError) as mistake:    # a full disk
+    except (UserError, OSError, SafetensorError) as mistake:                       # a full disk
         print(f"variants.py: {mistake}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

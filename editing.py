@@ -196,7 +196,8 @@ def build(settings, prior, method, rng, folder, anew):
     phi, phi_z = (phi_of(settings, prior, method, each) for each in texts)
     if settings["network"]:
         sources = translation.source_latents(settings, prior, folder)
-        generator = translation.Translator(prior, sources, y, z, settings["batch"], rng)
+        generator = translation.Translator(prior, sources, y, z, settings["batch"], rng,
+                                           settings["seed"])
         z = generator.cond_z
     else:                                        # of a resumed run the checkpoint has the picture
         size = prior.image_size

@@ -44,7 +44,7 @@ class LoRAPhi(nn.Module):
         self.prior, self.cond = prior, cond
         frozen = [*prior.unet.parameters(), *prior.unet.buffers()]
         self.unet = copy.deepcopy(prior.unet, {id(tensor): tensor for tensor in frozen})
-        with _seeded(seed):
+        with seeded(seed):
             # scale lora_alpha / r = 1; "gaussian": N(0, 1/r²) down, zeros up
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets),
                                              init_lora_weights="gaussian"))
@@ -153,7 +153,7 @@ class EmbeddingPhi(nn.Module):
 
 
 @contextmanager
-def _seeded(seed):
+def seeded(seed):
     """Draws of other libraries' initialisers, from `seed`, without touching the global state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

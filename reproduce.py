@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from runs import (
     all_methods,
     clip_score,
     distances,
+    moved_into,
     number,
     picture_measures,
     read_image,
@@ -186,9 +186,9 @@ def sampled(prior, prompts, seed=0):
 
 def save_png(picture, path):
     """Write a PIL picture beside its place and move it there."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    picture.save(path + ".tmp", format="PNG", optimize=True)
-    os.replace(path + ".tmp", path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with moved_into(Path(path)) as part:
+        picture.save(part, format="PNG", optimize=True)
 
 
 # kind of edit: (example picture, what it is, what it is to become)

@@ -447,8 +447,8 @@ def main(argv=None, program=None):
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
                 and "DefaultCPUAllocator" not in str(error):
             raise
-        print(f"{name}: out of memory: try --micro-batch 1, --checkpointing, --share-noise or less "
-              "at once", file=sys.stderr)
+        print(f"{name}: out of memory: try --micro-batch 1, --checkpointing or less at once",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; go on with --resume {folder}", file=sys.stderr)

@@ -42,9 +42,8 @@ def find_solid(text):
     return (words, "red") if words in solids.KINDS else None
 
 
-def solid_pictures(kind, color, elevation, azimuth, distance=2.7, fovy=40.0, size=64):
-    """Posed pictures of a solid of solids.py; elevation and azimuth in degrees, [M] each."""
-    c2w = solids.camera_to_world(elevation, azimuth, distance)
+def solid_pictures(kind, color, c2w, fovy=40.0, size=64):
+    """Posed pictures of a solid of solids.py from cameras [M, 4, 4]."""
     truth = solids.render([kind] * len(c2w), [color] * len(c2w), c2w, fovy, size)
     opacity = truth.opacity[:, 0]
     color = truth.rgb.permute(0, 2, 3, 1) - (1 - opacity)[..., None]     # they stand on white
@@ -55,7 +54,8 @@ def builtin_scene(kind, color, views=40, held_out=8, size=64, seed=0):
     """-> (pictures to learn, pictures held out), from random sides."""
     rng = torch.Generator().manual_seed(seed)
     elevation, azimuth = torch.rand(2, views + held_out, generator=rng)
-    posed = solid_pictures(kind, color, 90 * elevation - 20, 360 * azimuth, size=size)
+    c2w = solids.camera_to_world(90 * elevation - 20, 360 * azimuth, 2.7)
+    posed = solid_pictures(kind, color, c2w, size=size)
     return tuple(Posed(*(v[part] for v in posed)) for part in (slice(views), slice(views, None)))
 
 
@@ -81,8 +81,8 @@ def judge(nerf, prompt, samples=64):
 
 def eight_views(prompt):
     """The pictures that judge() compares with, of the solid that the prompt describes. -> Posed."""
-    solid, azimuth = find_solid(prompt), torch.arange(8) * 45.0
-    return solid and solid_pictures(*solid, torch.full((8,), 20.0), azimuth, 2.9)
+    solid = find_solid(prompt)
+    return solid and solid_pictures(*solid, orbit(8))
 
 
 def orbit(views, elevation=20.0, distance=2.9):

@@ -34,11 +34,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-DATA = HERE / "data"
+from prior import HERE, UserError
 
-class UserError(Exception):
-    """A mistake the user can mend: main() prints it on one line and ends with exit status 2."""
+DATA = HERE / "data"
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -180,7 +178,7 @@ def emoji_concepts(names_folder, every):
 
 
 def emoji_pictures(folder, every=False):
-    """Yield (name, style, [3, 64, 64] uint8) for every concept drawn in all three styles."""
+    """Yield (name, style, [3, 64, 64] uint8) for every concept that has a 3d render."""
     import resvg_py
     from PIL import Image
     render3d, flat, noto = (npm_pack(folder, *package[:2]) for package in PACKAGES.values())
@@ -426,7 +424,7 @@ class Trainer:
             if not torch.isfinite(loss):
                 raise UserError(f"{self.name}: the loss is {loss.item()} at step {self.step}")
             loss.backward()
-            if tick == saved and self.step:       # torch.compile once lost most of them, silently
+            if tick == saved and self.step:       # a parameter without a gradient learns nothing
                 still = sum(p.grad is None or not p.grad.any() for p in self.parameters)
                 if still:
                     raise UserError(f"{self.name}: {still} of {len(self.parameters)} parameters "

@@ -58,18 +58,19 @@ class Translator(nn.Module):
 
     sources [N, C, H, W] are the latents it learns on, `batch` of them drawn for each sample; the
     first ones are shown. Source i is asked for by prompt i mod P of y and z [P, L, C]. At the start
-    it is the identity. Of the last sample: `source`, and `cond_z` [batch, L, C], written in place,
-    as the second discriminator holds that tensor.
+    it is the identity. forward() leaves its sources in `source` and their prompts in `cond_z`
+    [batch, L, C], in place, as the second discriminator holds that tensor.
     """
 
-    def __init__(self, prior, sources, y, z, batch=8, rng=None):
+    def __init__(self, prior, sources, y, z, batch=8, rng=None, seed=0):
         super().__init__()
         from diffusers import UNet2DModel
+
+        from phi import seeded
         self.prior, self.sources, self.y, self.z, self.rng = prior, sources, y, z, rng
         self.cond_z = z[:1].repeat(batch, 1, 1)
         channels, height, _ = prior.shape
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(seed):
             self.net = UNet2DModel(
                 sample_size=height, in_channels=channels, out_channels=channels,
                 block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,

@@ -1,4 +1,4 @@
-"""variants.py — the neighbours of ASD: each is Eq. 7 with another ε_φ, so each is a row of METHODS.
+"""variants.py — the neighbours of ASD: Eq. 7 with another ε_φ, each a row of METHODS or a --phi.
 
     python asd.py --method csd --negative "blurry" --prompt "a fox"
     python asd.py --method nfsd --prompt "a fox"
@@ -314,9 +314,9 @@ class Network(nn.Module):
         super().__init__()
         from diffusers import UNet2DConditionModel
 
-        from phi import _seeded
+        from phi import seeded
         self.prior, self.cond, self.rng = prior, cond.float(), rng
-        with _seeded(int(torch.randint(2 ** 31, (), generator=rng))):
+        with seeded(int(torch.randint(2 ** 31, (), generator=rng))):
             unet = UNet2DConditionModel(
                 sample_size=prior.shape[1:], in_channels=prior.shape[0],
                 out_channels=prior.shape[0], block_out_channels=widths, layers_per_block=1,
