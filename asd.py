@@ -258,7 +258,7 @@ def repeated(start, particles):
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd; all rows have the same (but LMC-SDS λ 2). Eq. 10
+    The defaults were chosen by looking, on tiny-sd; all rows share them (LMC-SDS has λ 2). Eq. 10
     is affine at γ = −1, φ never settles: θ must be slow, or colours run away. What is left of θ's
     initial noise goes only where small t have weight: ω = 1 (σ², the peers' choice, is a flag) and
     t < T/2 in the second half (the peers anneal t, too).
