@@ -12,6 +12,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 from dataclasses import replace
@@ -170,6 +171,7 @@ def methods_figure(path, side=160):
     """PROMPTS by sampling (50 DDIM steps, guidance 3) and by asd.py's methods, cells of grid."""
     prior = asd.Prior.from_pretrained("tiny-sd")
     files = cells(prior, asd.METHODS)
+    made(files, "1/1", functools.partial(make_cell, prior))
     columns = [sampled(prior, PROMPTS)] + [torch.cat([cell_image(prior, files[name, prompt])
                                                       for prompt in PROMPTS])
                                            for name in asd.METHODS]
@@ -285,21 +287,14 @@ def edit_table(path, part="1/1"):
     Edits that are there already (outputs/edits/) are not made again. part "1/2" and "2/2" in two
     processes: a half each; whichever ends last prints the table and writes it.
     """
-    from tqdm import tqdm
-
     import editing
     from corrective import fingerprint
-    i, n = part_of(part)
     prior = asd.Prior.from_pretrained("tiny-sd")
     key = fingerprint(*prior.unet.parameters(), *(editing.METHODS[name] for name in EDITED_BY))
     files = {(kind, j): Path("outputs/edits", f"{kind}-{j}-{key}.json")
              for j in range(len(CONCEPTS)) for kind in KINDS}
-    for (kind, j), file in tqdm(list(files.items())[i - 1::n], desc=f"part {part}"):
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(edited_unit(prior, kind, j)))
-    if not all(file.exists() for file in files.values()):
-        print("the other parts are not done yet: no table")
+    if not made(files, part, lambda file, kind, j: write_text(
+            file, json.dumps(edited_unit(prior, kind, j)))):
         return False
     found = {kind: [json.loads(files[kind, j].read_text()) for j in range(len(CONCEPTS))]
              for kind in KINDS}
@@ -324,6 +319,25 @@ def print_edits(found):
             print(f"{kind:15} {name:18}", "  ".join(
                 "{} {:6.3f} ± {:.3f}".format(key, *value) for key, value in row.items()))
     return table
+
+
+def made(files, part, make):
+    """Make this part ("1/2", …) of {key: file} by make(file, *key). -> whether all are there."""
+    from tqdm import tqdm
+    try:
+        i, n = (int(number) for number in part.split("/"))
+        if not 1 <= i <= n:
+            raise ValueError
+    except ValueError as error:
+        raise asd.UserError(f"--part {part} is no part: 1/2 is the first of two") from error
+    for key, file in tqdm(list(files.items())[i - 1::n], desc=f"part {part}"):
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            make(file, *key)
+    if all(file.exists() for file in files.values()):
+        return True
+    print("the other parts are not done yet")
+    return False
 
 
 def mean_and_error(numbers):
@@ -427,35 +441,17 @@ def cell_file(prior, name, prompt):
     return Path("outputs/neighbours", f"{name}-{prompt.replace(' ', '-')}-{key}.json")
 
 
-def make_cell(prior, name, prompt, file):
+def make_cell(prior, file, name, prompt):
     """Distil one cell and keep its picture and its numbers."""
     image = distilled(prior, all_methods()[name], prompt, **NEIGHBOURS[name][1])
     numbers = picture_measures(image) | {"clip": clip_score(image, prompt)}
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_grid(file.with_suffix(".png"), (255 * image).round().byte(), 1, least=1)
     write_text(file, json.dumps(numbers))
 
 
-def part_of(text):
-    """"1/2" -> (1, 2)."""
-    try:
-        i, n = (int(number) for number in text.split("/"))
-        if not 1 <= i <= n:
-            raise ValueError
-    except ValueError as error:
-        raise asd.UserError(f"--part {text} is no part: 1/2 is the first of two") from error
-    return i, n
-
-
-def cells(prior, names, part="1/1"):
-    """The cells of some rows of NEIGHBOURS, this part of them made -> {(name, prompt): file}."""
-    from tqdm import tqdm
-    i, n = part_of(part)
-    files = {(name, prompt): cell_file(prior, name, prompt) for name in names for prompt in PROMPTS}
-    for (name, prompt), file in tqdm(list(files.items())[i - 1::n], desc=f"part {part}"):
-        if not file.exists():
-            make_cell(prior, name, prompt, file)
-    return files
+def cells(prior, names):
+    """Where the cells of some rows of NEIGHBOURS are kept -> {(name, prompt): file}."""
+    return {(name, prompt): cell_file(prior, name, prompt) for name in names for prompt in PROMPTS}
 
 
 def cell_image(prior, file):
@@ -472,9 +468,8 @@ def neighbours_figure(path, part="1/1", side=128):
     thumbnail of each method lies beside it.
     """
     prior = asd.Prior.from_pretrained("tiny-sd")
-    files = cells(prior, NEIGHBOURS, part)
-    if not all(file.exists() for file in files.values()):
-        print("the other parts are not done yet: no figure")
+    files = cells(prior, NEIGHBOURS)
+    if not made(files, part, functools.partial(make_cell, prior)):
         return False
     rows, table = [], {}
     for name, (label, _) in NEIGHBOURS.items():
@@ -548,7 +543,6 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
     """
     import scene
     from corrective import fingerprint
-    i, n = part_of(part)
     prior, rows = asd.Prior.from_pretrained("tiny-sd"), scene.methods()
     rows = {name: replace(rows[name], steps=steps or rows[name].steps) for name in asd.METHODS}
     keys = {name: fingerprint(*prior.unet.parameters(), row, scene.DEFAULTS)
@@ -559,11 +553,8 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
              if only in f"{name}/{prompt}"}
     if not files:
         raise asd.UserError(f"--only {only!r} names no run, as asd or asd/{SOLIDS[0]} do")
-    for (name, prompt, seed), file in list(files.items())[i - 1::n]:
-        if not file.exists():
-            solid_run(file, name, prompt, seed, rows[name].steps)
-    if not all(file.exists() for file in files.values()):
-        print("the other parts are not done yet: no table")
+    if not made(files, part, lambda file, name, prompt, seed: solid_run(
+            file, name, prompt, seed, rows[name].steps)):
         return False
     found = {run: json.loads(file.read_text()) for run, file in files.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1053,7 +1053,7 @@ def test_reproduce_solids(folders, tmp_path, monkeypatch, coarse, capsys):      
     monkeypatch.setattr(nerf, "main", lambda argv: made.append(argv) or really(argv))
     flags = ["solids", "--steps", "1", "--seeds", "1", "--only", "mug"]
     reproduce.main([*flags, "--part", "1/2"])
-    assert "no table" in capsys.readouterr().out and len(made) == 2       # of 3: SDS and ASD
+    assert "not done yet" in capsys.readouterr().out and len(made) == 2       # of 3: SDS and ASD
     stopped = next(tmp_path.glob("outputs/solids/sds-*"))
     (stopped / "numbers.json").unlink()
     reproduce.main(flags)
