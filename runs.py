@@ -176,7 +176,7 @@ def read_settings(given, program):
     if settings["phi"] != method.phi and method.phi not in ("noise", "lora", "embedding"):
         raise UserError(f"--method {settings['method']} is its φ: drop --phi {settings['phi']}")
     if settings["lam_phi"] != 1 and settings["phi"] != "lora":
-        raise UserError("--lam-phi is guidance inside a φ that is asked y and ∅: --phi lora")
+        raise UserError("--lam-phi is guidance inside a trained φ that is told y or ∅: --phi lora")
     for word, kinds in WORDS.items():
         if settings[word] is not None and settings["phi"] not in kinds:
             flag, of = word.replace("_", "-"), "--phi" if kinds == ("exact",) else "--method"
