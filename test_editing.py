@@ -414,13 +414,13 @@ def test_the_edit_begins_at_the_picture(cli):
 
 @pytest.mark.parametrize("flags", [[], ["--network"], ["--mask", "m.png"], ["--pixels"]])
 def test_resumed_edit_is_the_same(cli, flags, tmp_path):
-    """Even though the picture itself is gone by then."""
+    """Even though the picture itself is gone by then; as long as t does not turn late in between."""
     Image.new("L", (16, 16), 255).save("m.png")
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         Image.new("RGB", (20, 20), (80 * i, 40, 90)).save(f"pictures/{i}.png")
     if flags == ["--network"]:
-        flags = ["--network", "--image", "pictures"]
+        flags = ["--network", "--image", "pictures", "--t-late", 1]
     assert cli(*flags, "--steps", 4)[0] == 0
     assert cli(*flags, "--steps", 2, "--out", "half")[0] == 0
     for path in [*(tmp_path / "pictures").iterdir(), tmp_path / "a.png"]:
