@@ -414,7 +414,7 @@ def test_the_edit_begins_at_the_picture(cli):
 
 @pytest.mark.parametrize("flags", [[], ["--network"], ["--mask", "m.png"], ["--pixels"]])
 def test_resumed_edit_is_the_same(cli, flags, tmp_path):
-    """Even though the picture itself is gone by then; as long as t does not turn late in between."""
+    """Even though the picture itself is gone by then; t must not turn late in between."""
     Image.new("L", (16, 16), 255).save("m.png")
     (tmp_path / "pictures").mkdir()
     for i in range(3):
