@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asd import Prior, UserError, add_noise, cfg_noise, draw
-from variants import ode_end, one_step_x0
+from asd import Prior, UserError, add_noise, draw
+from variants import ddim_samples, one_step_x0
 
 HERE = Path(__file__).resolve().parent
 OWN = "corrective.safetensors"                  # beside this file: the embedded model's
@@ -116,20 +116,15 @@ def own_samples(prior, args, prompts, path):
     from tqdm import tqdm
 
     from runs import moved_into
-    null, T = prior.encode_text([""]), prior.steps - 1
     x0 = load_file(path)["x0"] if path.exists() else torch.empty(0, *prior.shape)
     with tqdm(total=args.samples, initial=len(x0), desc="sampling") as bar:
         while len(x0) < args.samples:
             rng, n = torch.Generator().manual_seed(args.seed + len(x0)), args.batch
-            asked = [prompts[(len(x0) + i) % len(prompts)] for i in range(n)] if prompts else [""]
-            y = prior.encode_text(asked).expand(n, -1, -1)
-
-            def eps_of(x, t, y=y):
-                eps = prior.eps(x, t, null.expand_as(y))
-                return cfg_noise(eps, prior.eps(x, t, y), 3.0) if prompts else eps
-            x_T = torch.randn(n, *prior.shape, generator=rng).to(prior.device)
-            t = torch.full((n,), T, device=prior.device)
-            x0 = torch.cat([x0, ode_end(eps_of, x_T, t, args.ddim, prior.alpha_sigma).cpu()])
+            asked = [prompts[(len(x0) + i) % len(prompts)] for i in range(n)] if prompts else \
+                [""] * n
+            x_T = torch.randn(n, *prior.shape, generator=rng)
+            new = ddim_samples(prior, asked, x_T, args.ddim, 3.0 if prompts else 1.0)
+            x0 = torch.cat([x0, new.cpu()])
             with moved_into(path) as temporary:
                 save_file({"x0": x0}, temporary)
             bar.update(n)
@@ -150,12 +145,9 @@ def read_lines(path):
 @torch.no_grad()
 def encoded(prior, folder):
     """x0 [N, C, H, W] of the pictures in a folder."""
-    from runs import read_image
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    if not files:
-        raise UserError(f"{folder} holds no pictures")
-    return torch.cat([prior.encode_image(read_image(path, prior.image_size).to(prior.device)).cpu()
-                      for path in files])
+    from runs import read_folder
+    return torch.cat([prior.encode_image(part.to(prior.device)).cpu()
+                      for part in read_folder(folder, prior.image_size).split(16)])
 
 
 def train(args):

@@ -564,7 +564,7 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
 
 
 def solid_run(file, method, prompt, seed, steps):
-    """`python nerf.py --prompt … --method … --seed …` in the file's folder; scene.judge into it."""
+    """`python nerf.py --prompt … --method … --seed …` in the file's folder, its scores into it."""
     import nerf
     import scene
     folder = file.parent
@@ -573,7 +573,7 @@ def solid_run(file, method, prompt, seed, steps):
     if nerf.main([str(flag) for flag in flags]):
         raise asd.UserError(f"{folder} is not finished; the same command goes on with it")
     field = nerf.NeRF.load(folder / "nerf.safetensors")
-    write_text(file, json.dumps(scene.judge(field, prompt)))
+    write_text(file, json.dumps(scene.view_scores(field, prompt)))
 
 
 def print_solids(found):

@@ -248,6 +248,15 @@ def read_image(path, size):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
+def read_folder(path, size):
+    """The pictures of a folder, by name -> RGB [N, 3, H, W], as read_image has them."""
+    files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in
+                   (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise UserError(f"{path} is no folder with pictures (png, jpg, webp)")
+    return torch.cat([read_image(file, size) for file in files])
+
+
 def write_grid(path, images, columns, least=256):
     """images [N, 3, H, W] uint8 -> a PNG, `columns` to a row, each enlarged to `least` pixels."""
     from PIL import Image

@@ -6,7 +6,7 @@
 | what                                           | function      | in test_nerf.py         |
 |------------------------------------------------|---------------|-------------------------|
 | x0 = g(θ, c) of Adversarial Score Distillation | Scene         | test_scene_…            |
-| how good it is; beside a solid of solids.py    | judge         | test_judge_…            |
+| how good it is; beside a solid of solids.py    | view_scores   | test_scores_…           |
 | a mesh, and a page that turns it               | extract_mesh  | test_mesh_…, test_page… |
 | normals of a picture from its depth            | depth_normals | test_normals_of_a_depth |
 """
@@ -60,7 +60,7 @@ def builtin_scene(kind, color, views=40, held_out=8, size=64, seed=0):
 
 
 @torch.no_grad()
-def judge(nerf, prompt, samples=64):
+def view_scores(nerf, prompt, samples=64):
     """How good a NeRF is, over eight views of 64 pixels, all around at 20° of elevation.
 
     -> {"clip": tiny-clip's cosine with the prompt, where it is there; and where the prompt is a
@@ -80,7 +80,7 @@ def judge(nerf, prompt, samples=64):
 
 
 def eight_views(prompt):
-    """The pictures that judge() compares with, of the solid that the prompt describes. -> Posed."""
+    """What view_scores() compares with: the solid that the prompt describes. -> Posed, or None."""
     solid = find_solid(prompt)
     return solid and solid_pictures(*solid, orbit(8))
 
@@ -413,7 +413,7 @@ def build(settings, prior, method, rng, folder, anew):
 
 
 def measure(settings, prior, state, images):
-    return judge(state.generator.nerf, settings["prompt"])
+    return view_scores(state.generator.nerf, settings["prompt"])
 
 
 def finish(folder, settings, prior, state, frames):

@@ -701,7 +701,7 @@ def test_fit_finds_a_ball():
     seen = nerf.look(field, held_out, 32)
     assert losses[-1] < losses[0] / 4
     assert nerf.psnr(seen.rgb, held_out.over(1.0)) > 20
-    assert scene.judge(field, "a blue ball", 32)["iou"] > 0.85
+    assert scene.view_scores(field, "a blue ball", 32)["iou"] > 0.85
 
 
 def test_fit_is_repeatable():
@@ -754,7 +754,7 @@ def coarse(monkeypatch):
     """The pictures, the mesh and the measures of a run, but small ones."""
     for name, size in (("write_turntable", {"frames": 24, "size": 8}),
                        ("write_views", {"size": 8}), ("extract_mesh", {"resolution": 24}),
-                       ("judge", {"samples": 4})):
+                       ("view_scores", {"samples": 4})):
         monkeypatch.setattr(scene, name, functools.partial(getattr(scene, name), **size))
 
 
@@ -822,20 +822,42 @@ def test_mesh_file_and_page(mesh, tmp_path):
     assert not any(word in page for word in ("http:", "https:", "src=", "import(", "fetch"))
 
 
-def test_page_shows_the_mesh(mesh, tmp_path):
-    """In headless Chromium, opened from disk: a ball in the middle of a white page."""
+def seen_from(turn, tilt, away):
+    """By hand: the ball's colour in the middle of the page, the part of the page that it covers."""
+    toward = np.array([math.cos(tilt) * math.cos(turn), -math.cos(tilt) * math.sin(turn),
+                       math.sin(tilt)])                                # the eye; z is up
+    middle, size = Ball.CENTRE.numpy(), 0.8                            # its farthest coordinate
+    along = middle @ toward
+    place = (along + math.sqrt(0.25 - middle @ middle + along ** 2)) * toward
+    distance = np.linalg.norm(away * size * toward - middle)
+    return (place + 1) / 2, math.pi / 4 * (2.5 * 0.5) ** 2 / (distance ** 2 - 0.25)
+
+
+@pytest.mark.parametrize("event, turn, tilt, away", [
+    ("", 0.5, 0.35, 4),
+    ("new PointerEvent('pointermove', {movementX: 300, movementY: 60})", 0.5, 0.35, 4),
+    ("new PointerEvent('pointermove', {movementX: 300, movementY: 60, buttons: 1})", 2.5, 0.75, 4),
+    ("new WheelEvent('wheel', {deltaY: 365})", 0.5, 0.35, 6)])                 # 4 e^(365/900)
+def test_page_shows_the_mesh(mesh, tmp_path, event, turn, tilt, away):
+    """In headless Chromium, opened from disk: the ball on a white page; a drag turns it, the wheel
+    moves it away."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium here")
     scene.write_mesh(tmp_path, mesh)
+    page = tmp_path / "viewer.html"
+    if event:
+        page.write_text(page.read_text() + f"<script>canvas.dispatchEvent({event})</script>")
     subprocess.run([chromium, "--headless", "--no-sandbox", "--use-angle=swiftshader",
                     "--enable-unsafe-swiftshader", "--hide-scrollbars", "--window-size=300,300",
                     f"--screenshot={tmp_path / 'page.png'}", f"--user-data-dir={tmp_path / 'user'}",
-                    "--virtual-time-budget=3000", (tmp_path / "viewer.html").as_uri()],
+                    "--virtual-time-budget=3000", page.as_uri()],
                    check=True, capture_output=True, timeout=120)
-    page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
-    assert (page[0, 0] == 255).all() and page.std() > 10
-    assert np.ptp(page[page.shape[0] // 2, page.shape[1] // 2]) > 5        # coloured
+    page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")) / 255
+    assert (page[0, 0] == 1).all()
+    middle, part = seen_from(turn, tilt, away)
+    assert np.abs(page[page.shape[0] // 2, page.shape[1] // 2] - middle).max() < 0.02
+    assert (page.min(2) < 0.99).mean() == pytest.approx(part, rel=0.05)
 
 
 # ---------------------------------------------------------------------------------- text-to-3D
@@ -957,12 +979,12 @@ class Truth(Ball):
         return self.geometry(x)[0], torch.tensor(solids.COLORS["red"]).expand(len(x), 3)
 
 
-def test_judge_of_the_truth():
+def test_scores_of_the_truth():
     """The silhouettes agree from all sides, if the handle is where it should be; and tiny-clip
     sees a red mug rather than a fox."""
-    mug, other = scene.judge(Truth(), "a red mug"), scene.judge(Truth(), "a fox")
+    mug, other = scene.view_scores(Truth(), "a red mug"), scene.view_scores(Truth(), "a fox")
     assert mug["iou"] > 0.98 and 17 < mug["psnr"] < 40
-    assert scene.judge(Truth((1, -1, 1)), "a red mug")["iou"] < 0.9
+    assert scene.view_scores(Truth((1, -1, 1)), "a red mug")["iou"] < 0.9
     if "clip" in mug:                                            # where tiny-clip/ is
         assert set(other) == {"clip"} and other["clip"] < mug["clip"] - 0.1
 

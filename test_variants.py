@@ -536,7 +536,7 @@ def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
     assert variants.main(flags) == 0
     assert capsys.readouterr().out == "made/b.safetensors\n"
     made = contents("data")
-    monkeypatch.setattr(corrective, "ode_end", None)          # no sample is made again
+    monkeypatch.setattr(corrective, "ddim_samples", None)          # no sample is made again
     assert variants.main(flags) == 0 and contents("data").keys() == made.keys()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -546,7 +546,7 @@ def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
     assert variants.main([*flags, "--prompts", "prompts"]) == 0
     (tmp_path / "pictures").mkdir()
     assert variants.main([*flags, "--images", "pictures"]) == 2
-    assert "holds no pictures" in capsys.readouterr().err
+    assert "no folder with pictures" in capsys.readouterr().err
     (tmp_path / "pictures/a.png").write_bytes(Path("run/final.png").read_bytes())
     assert variants.main([*flags, "--images", "pictures"]) == 0
     assert len(list(Path("data").glob("*samples*"))) == 2

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from asd import Prior, UserError
-from runs import Parser, moved_into, number, read_image, write_grid
+from runs import Parser, moved_into, number, read_folder, read_image, write_grid
 
 DEFAULTS = {"network": False, "things": None, "batch": 8, "pictures": 64}
 
@@ -100,15 +100,6 @@ class Translator(nn.Module):
 def translated(net, x0):
     """One pass: x0 [B, C, H, W] -> the same shape."""
     return x0 + net(x0, 0).sample
-
-
-def read_folder(path, size):
-    """The pictures of a folder -> [N, 3, H, W]."""
-    files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in
-                   (".png", ".jpg", ".jpeg", ".webp"))
-    if not files:
-        raise UserError(f"{path} is no folder with pictures (png, jpg, webp)")
-    return torch.cat([read_image(file, size) for file in files])
 
 
 @torch.no_grad()
