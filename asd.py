@@ -261,7 +261,8 @@ class Method:
     The defaults were chosen by looking, on tiny-sd; all rows share them (LMC-SDS has λ 2). Eq. 10
     is affine at γ = −1, φ never settles: θ must be slow, or colours run away. What is left of θ's
     initial noise goes only where small t have weight: ω = 1 (σ², the peers' choice, is a flag) and
-    t < T/2 in the second half (the peers anneal t, too).
+    t < T/2 in the second half (the peers anneal t, too). With lr_end < 1 more of it is left here; in
+    3D, where views average the noise, a falling rate keeps smears and fog out.
     """
     phi: str = "lora"             # noise, lora, embedding, or one of variants.PHIS
     lam: float = 7.5              # λ, guidance of Eq. 7
@@ -272,6 +273,7 @@ class Method:
     t_max_late: float = 0.5       # the same after t_late of the steps
     t_late: float = 0.5
     lr: float = 0.01              # for θ
+    lr_end: float = 1.0           # θ's rate falls along a cosine to this part of lr; 1: stays
     optimizer: str = "adam"       # of θ, a name of OPTIMIZERS
     phi_lr: float = 1e-3          # AdamW for φ, no weight decay
     lam_phi: float = 1.0          # guidance inside φ
@@ -325,6 +327,7 @@ class State:
         groups = getattr(generator, "parameter_groups", None)         # rates of its own, in 3D
         theta = groups(method.lr) if groups else generator.parameters()
         self.opt_theta = OPTIMIZERS[method.optimizer](theta, method.lr)
+        self.rates = [group["lr"] for group in self.opt_theta.param_groups]
         self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0) \
             if phi_parameters else None
 
@@ -551,6 +554,9 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         state.opt_theta.zero_grad()
         surrogate.backward()
         check_gradients(state.opt_theta, "generator's gradient", state.step)
+        fall = (1 + math.cos(math.pi * state.step / method.steps)) / 2
+        for group, rate in zip(state.opt_theta.param_groups, state.rates, strict=True):
+            group["lr"] = rate * (method.lr_end + (1 - method.lr_end) * fall)
         state.opt_theta.step()
         # 4. φ: Eq. 10 (or 9), with its own draw or this one
         loss_D = sum(learn() for learn in learns)

@@ -107,6 +107,8 @@ def make_parser(program):
     add("--gamma", type=some, help="γ of Eq. 10")
     add("--steps", type=number(int, 1), help="updates of θ")
     add("--lr", type=number(float, 0, 1e30), help="learning rate for θ")
+    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of it (default 1; 3D: "
+        "0.05)")
     add("--optimizer", choices=list(OPTIMIZERS), help="of θ (default adam; editing: sgd)")
     add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's learning rate for φ")
     add("--omega", choices=list(OMEGAS), help="ω(t) (default 1; editing, 3D: sigma2)")

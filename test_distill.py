@@ -786,6 +786,43 @@ def test_order_of_updates(prior, changes, expected):
     assert "".join(order) == expected
 
 
+@pytest.mark.parametrize("lr_end, parts", [(1.0, [1, 1, 1, 1]), (0.2, [1, 0.8829, 0.6, 0.3172]),
+                                           (0.0, [1, 0.8536, 0.5, 0.1464])])
+def test_rate_falls_along_a_cosine(prior, lr_end, parts):
+    """Each group's from its own rate; 0.2 + 0.8 (1 + cos(π step / 4)) / 2; φ's stays. Gone on with
+    after two steps, too."""
+    seen = []
+
+    class Two(Latents):
+        def parameter_groups(self, lr):
+            return [{"params": [self.theta]}, {"params": [torch.nn.Parameter(torch.zeros(1))],
+                                               "lr": lr / 10}]
+
+    def note(optimizer, *_):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+
+    class Stop(Exception):
+        pass
+
+    def stop(state, _):
+        if state.step == 2 and len(seen) == 2:
+            raise Stop
+
+    method = method_of(steps=4, lr=0.1, lr_end=lr_end, phi_lr=0.3)
+    first = make_state(prior, method, generator=Two(prior, 2, rng()))
+    first.opt_theta.register_step_pre_hook(note)
+    with pytest.raises(Stop):
+        asd.distill(prior, first.generator, prior.encode_text([PROMPT]), method, state=first,
+                    callback=stop)
+    state = make_state(prior, method, generator=Two(prior, 2, rng()))
+    state.load_tensors(copy.deepcopy(first.tensors()), 2)
+    state.opt_theta.register_step_pre_hook(note)
+    go(prior, method, state)
+    expected = torch.tensor(parts)[:, None] * torch.tensor([0.1, 0.01])
+    torch.testing.assert_close(torch.tensor(seen), expected, atol=1e-5, rtol=0)
+    assert [group["lr"] for group in state.opt_phi.param_groups] == [0.3]
+
+
 @pytest.mark.parametrize("phi", ["lora", "embedding"])
 @pytest.mark.parametrize("share_noise", [False, True])
 @pytest.mark.parametrize("phi_first", [False, True])

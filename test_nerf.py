@@ -1051,8 +1051,9 @@ def test_a_turntable_without_a_film(monkeypatch, tmp_path, capsys):
 
 
 def test_a_resumed_run_ends_in_the_same_bits(text_to_3d, tmp_path):
-    """As long as what depends on the number of steps (--late, --t-late) does not differ."""
-    flags = ("--late", 0, "--t-late", 0, "--save-every", 1)
+    """As long as what depends on the number of steps (--late, --t-late, --lr-end) does not differ.
+    """
+    flags = ("--late", 0, "--t-late", 0, "--lr-end", 1, "--save-every", 1)
     assert text_to_3d(*flags, "--steps", 3)[0] == 0
     assert text_to_3d(*flags, "--steps", 1, "--out", "cut")[0] == 0
     status, _, err = text_to_3d("--resume", "cut", "--steps", 3)
