@@ -25,7 +25,8 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 
 Notation: x_t = α_t x0 + σ_t ε; ε_∅, ε_y, ε_φ are noise predictions at the same x_t without prompt,
 with the prompt y, and of the fake-sample model φ. Shapes: x0, x_t, ε [B, C, H, W], latents; images
-are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t [B, 1, 1, 1]; λ, γ, η floats (tensors work too).
+are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t [B, 1, 1, 1]; λ, γ, η floats (in Eqs. 2, 7, 9
+and 10 also tensors, shaped like α_t).
 ‖·‖² is a sum over all but the batch dimension, E the mean over the batch.
 
 Everything here needs torch alone, and the equations can be copied out one by one, with the three
@@ -259,10 +260,10 @@ class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
     The defaults were chosen by looking, on tiny-sd; all rows share them (LMC-SDS has λ 2). Eq. 10
-    is affine at γ = −1, φ never settles: θ must be slow, or colours run away. What is left of θ's
-    initial noise goes only where small t have weight: ω = 1 (σ², the peers' choice, is a flag) and
-    t < T/2 in the second half (the peers anneal t, too). With lr_end < 1 more of it is left here; in
-    3D, where views average the noise, a falling rate keeps smears and fog out.
+    is affine at γ = −1, φ never settles: θ must be slow, or colours run away. θ starts as noise,
+    which only small t take away; so they get weight, by ω = 1 (σ², the peers' choice, is a flag)
+    and by t < T/2 in the second half (the peers anneal t, too), and θ's rate stays. In 3D, where
+    there is no such noise, a rate that falls keeps smears and dust out.
     """
     phi: str = "lora"             # noise, lora, embedding, or one of variants.PHIS
     lam: float = 7.5              # λ, guidance of Eq. 7
@@ -508,9 +509,10 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
                 generator.regulariser() -> a scalar that is added to its loss, if there is one.
     cond        [1 or B, L, C] from prior.encode_text.
     method      a Method, or a name in METHODS.
-    phi         default: as method.phi says.
+    phi         default: as method.phi says, where that needs no prompt (an embedding does).
     second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
-    state       a State to go on with (then phi and second are the state's); default: a new one.
+    state       a State to go on with, made with the same generator and method; phi and second are
+                then the state's. Default: a new one.
     micro_batch samples per UNet call; default: all. Below B, φ's graph is not kept: with shared
                 noise φ is evaluated once more.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
@@ -524,6 +526,8 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         phi = phi or make_phi(method.phi, prior, seed=seed, lam=method.lam, gamma=method.gamma,
                               steps=method.steps)
         state = State(generator, phi, method, torch.Generator().manual_seed(seed), second)
+    if state.generator is not generator:
+        raise ValueError("the state belongs to another generator")
     null, last = prior.encode_text([""]), prior.steps - 1
     while state.step < method.steps:
         began = time.perf_counter()

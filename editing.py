@@ -55,7 +55,8 @@ class Edit(asd.Method):
     phi_z: str = "source"
 
 
-# plain SGD, as in the DDS notebook: Adam would blow up what the two discriminators agree on
+# plain SGD, as in the DDS notebook: where the two discriminators agree little is left, and Adam
+# would make full steps of it
 SETTING = {"optimizer": "sgd", "lr": 0.03, "steps": 60, "omega": "sigma2", "t_late": 1.0,
            "t_max_late": 0.98}
 METHODS = {
@@ -106,8 +107,8 @@ class Edited(nn.Module):
         mask = torch.ones_like(images[:, :1]) if mask is None else mask.to(images)
         self.inner = (asd.Pixels if pixels else asd.Latents)(prior, len(images), rng, images)
         with torch.no_grad():
-            source = prior.encode_image(images)
-        # a latent that decodes into any pixel of the mask may change
+            source = self.inner().clone()
+        # a latent whose cell meets the mask may change
         inside = nn.functional.adaptive_max_pool2d(mask, source.shape[2:])
         for name, tensor in (("image", images), ("mask", mask), ("source", source),
                              ("inside", inside)):
@@ -128,9 +129,10 @@ class Edited(nn.Module):
 def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callback=None):
     """Edit pictures: RGB [B, 3, H, W] in [0, 1], B prompts each, mask as in Edited -> RGB alike.
 
-    One φ_y and one φ_z serve the whole batch; methods without φ edit each picture on its own.
+    method: an Edit, or a name of methods(). One φ_y and one φ_z serve the whole batch; methods
+    without φ edit each picture on its own.
     """
-    method = METHODS[method] if isinstance(method, str) else method
+    method = methods()[method] if isinstance(method, str) else method
     if method.optimizer == "sgd":                # the loop's loss is the mean over the batch
         method = replace(method, lr=method.lr * len(images))
     rng = torch.Generator().manual_seed(seed)
@@ -154,7 +156,8 @@ def add_flags(add):
     add("--image", metavar="PNG", help="the picture to edit; with --network a folder of them")
     add("--source", metavar="TEXT", help="z: what the picture is")
     add("--target", metavar="TEXT", help="y: what it should become")
-    add("--mask", metavar="PNG", help="white where it may change; as large as the picture")
+    add("--mask", metavar="PNG", help="white where it may change, not where it is black "
+        "or transparent; as large as the picture")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
     add("--phi-z", choices=["source", "edit", "text", "none"], help="what φ_z learns from: the "
         "source image (default), the edit, by Eq. 10; or no second discriminator")
@@ -174,14 +177,14 @@ def check(settings):
 
 def read_pictures(settings, size):
     """--image and --mask, cropped alike -> [1, 3, H, W], and [1, 1, H, W] of 0 and 1 or None."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from runs import read_image
     image = read_image(settings["image"], size)
     if settings["mask"] is None:
         return image, None
-    mask = read_image(settings["mask"], size).mean(1, keepdim=True).round()
-    sizes = [Image.open(settings[name]).size for name in ("mask", "image")]
+    mask = read_image(settings["mask"], size, "black").mean(1, keepdim=True).round()
+    sizes = [ImageOps.exif_transpose(Image.open(settings[name])).size for name in ("mask", "image")]
     if sizes[0] != sizes[1]:
         raise asd.UserError("--mask has {} pixels, the picture {}: they must agree".format(*sizes))
     return image, mask
@@ -217,7 +220,7 @@ def measure(settings, prior, state, images):
     return {name: sum(row[name] for row in each) / len(each) for name in each[0]}
 
 
-def finish(folder, settings, prior, state, frames):
+def finish(folder, settings, prior, state):
     """edited.png, before_after.png; of a network its weights and pictures of its first sources."""
     from runs import write_grid
     generator = state.generator

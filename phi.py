@@ -31,9 +31,10 @@ class LoRAPhi(nn.Module):
 
     prior: whose UNet; it may be another checkpoint than the loop's prior (the paper's 3D setting:
     prior 2.1-base, predicting ε, φ 2.1, predicting v) with the same latents and noise schedule.
-    cond [1 or B, L, C]: what φ is told instead of the loop's prompt embedding (such a checkpoint's
-    own; or, in 3D, the prompt without the view). camera: length of the flattened camera (0: none),
-    which enters through the class embedding of φ's own view. checkpointing: less memory, more time.
+    cond [1, L, C]: what φ is told instead of the loop's prompt embedding (such a checkpoint's own;
+    or, in 3D, the prompt without the view); guidance inside φ has no effect then. camera: length of
+    the flattened camera (0: none), which enters through the class embedding of φ's own view.
+    checkpointing: less memory, more time.
     """
 
     def __init__(self, prior, rank=4, targets=("to_q", "to_k", "to_v", "to_out.0"), cond=None,
@@ -110,10 +111,10 @@ class EmbeddingPhi(nn.Module):
 
     embedding [tokens, width] float32 is its own parameter, spliced into the token sequence: the
     text encoder's table is never a leaf. It starts at the word embeddings of `text` (cut, or filled
-    up with the last one).
+    up with the last one). checkpointing: less memory, more time. ValueError for too many tokens.
     """
 
-    def __init__(self, prior, text, tokens=4):
+    def __init__(self, prior, text, tokens=4, checkpointing=False):
         super().__init__()
         self.prior = prior
         table = prior.text_encoder.get_input_embeddings().weight
@@ -127,6 +128,8 @@ class EmbeddingPhi(nn.Module):
         new = torch.arange(tokens, device=null.device) + len(table)
         self.ids = torch.cat([null[:1], new, null[1:-tokens]])[None]
         self.name = next(name for name, p in prior.text_encoder.named_parameters() if p is table)
+        if checkpointing:                  # where there is a graph, that is for φ alone
+            prior.unet.enable_gradient_checkpointing()
 
     def encode(self):
         """-> [1, L, C]: the prompt that consists of the learnable words."""
@@ -145,9 +148,12 @@ class EmbeddingPhi(nn.Module):
         save_file({"<phi>": self.embedding.detach().cpu()}, file)
 
     def load(self, folder):
-        """Read what save() wrote."""
+        """Read what save() wrote. Raises ValueError for another number of words, another width."""
         from safetensors.torch import load_file
         (value,) = load_file(Path(folder) / "learned_embeds.safetensors").values()
+        if value.shape != self.embedding.shape:
+            raise ValueError(f"{folder}: words {tuple(value.shape)}, φ has "
+                             f"{tuple(self.embedding.shape)}")
         with torch.no_grad():
             self.embedding.copy_(value)
 
@@ -156,21 +162,25 @@ class EmbeddingPhi(nn.Module):
 def seeded(seed):
     """Draws of other libraries' initialisers, from `seed`, without touching the global state."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)     # torch.manual_seed: every GPU's, too
         yield
 
 
-def make_phi(kind, prior, prompt="", rank=4, tokens=4, checkpointing=False, seed=0, **words):
+def make_phi(kind, prior, prompt=None, rank=4, tokens=4, checkpointing=False, seed=0, **words):
     """kind: "noise", "lora", "embedding", or one of variants.PHIS -> φ.
 
-    prompt: one, or a list of all that the run can ask. words: what the φ of variants.py are told
-    (lam, gamma, steps, negative, …). ValueError for another kind.
+    prompt: one, or a list of all that the run can ask; an embedding starts at the first one, for
+    all of them. words: what the φ of variants.py are told (lam, gamma, steps, negative, …).
+    ValueError for another kind, and for one that needs the prompt where there is none.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if kind in ("embedding", "bridge") and not prompts:
+        raise ValueError(f"phi {kind!r} is made for a prompt: give phi=make_phi({kind!r}, prior, "
+                         "prompt)")
     if kind == "noise":
         return NoisePhi()
     if kind in ("lora", "embedding"):
-        return EmbeddingPhi(prior, prompts[0], tokens) if kind == "embedding" else \
+        return EmbeddingPhi(prior, prompts[0], tokens, checkpointing) if kind == "embedding" else \
             LoRAPhi(prior, rank, checkpointing=checkpointing, seed=seed)
     try:
         import variants

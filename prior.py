@@ -20,7 +20,10 @@ class UserError(Exception):
 
 
 def to_eps(output, x_t, alpha_t, sigma_t, prediction_type):
-    """The one place where a network's output becomes ε, whatever the checkpoint predicts."""
+    """The one place where a network's output becomes ε, whatever the checkpoint predicts.
+
+    output, x_t [B, C, H, W]; α_t, σ_t [B, 1, 1, 1]. ValueError for other prediction types.
+    """
     if prediction_type == "epsilon":
         return output
     if prediction_type == "v_prediction":
@@ -105,7 +108,10 @@ class Prior:
         return [word for word in words if len(self.tokenizer(word).input_ids) > 3]
 
     def encode_image(self, images):
-        """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean."""
+        """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean.
+
+        The whole batch at once, as gradients may flow: --pixels needs memory for all pictures.
+        """
         config = self.vae.config
         mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float()
         return (mean - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
@@ -114,20 +120,21 @@ class Prior:
         """x0 [B, C, H, W] -> RGB in [0, 1], float32."""
         config = self.vae.config
         z = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
-        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        rgb = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in z.split(4)]
+        return (torch.cat(rgb) / 2 + 0.5).clamp(0, 1)           # four at once: to bound the memory
 
     def eps(self, x_t, t, cond):
         """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.
 
         Raises ValueError where the canvas is not the checkpoint's.
         """
-        return self.eps_of(self.unet, x_t, t, cond)
-
-    def eps_of(self, unet, x_t, t, cond, **kwargs):
-        """The same for another view of the UNet: φ's."""
         if tuple(x_t.shape[1:]) != self.shape:
             raise ValueError(f"x_t is {tuple(x_t.shape[1:])}, but {self.name} was trained on "
                              f"latents of {self.shape}: another canvas gives poor pictures")
+        return self.eps_of(self.unet, x_t, t, cond)
+
+    def eps_of(self, unet, x_t, t, cond, **kwargs):
+        """The same for another view of the UNet, φ's, whatever the canvas."""
         output = unet(x_t.to(self.dtype), t, cond.to(self.dtype), **kwargs).sample.float()
         return to_eps(output, x_t, *self.alpha_sigma(t), self.prediction_type)
 
@@ -138,6 +145,8 @@ def _load_pipeline(path_or_name, dtype):
     if path_or_name == "tiny-sd":                    # the embedded one, whatever lies around here
         places.reverse()
     local = next((p for p in places if p.is_dir()), None)
+    files = [p.name for p in (local or HERE).glob("unet/*.safetensors")]
+    half = files and all(".fp16." in name for name in files)            # saved in no other form
     try:
         from diffusers import DiffusionPipeline
         from diffusers.utils import logging
@@ -147,7 +156,8 @@ def _load_pipeline(path_or_name, dtype):
             library.disable_progress_bar()
         return DiffusionPipeline.from_pretrained(
             str(local or path_or_name), dtype=dtype, use_safetensors=True,
-            local_files_only=local is not None, safety_checker=None)
+            local_files_only=local is not None, safety_checker=None,
+            variant="fp16" if half else None)
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements.txt") from error
     except Exception as error:            # the hub client raises a dozen kinds of errors

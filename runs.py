@@ -6,9 +6,9 @@ What differs between them is a Program, a record of functions; asd.py's, ASD, is
 
 A run lives in one folder: config.json (every setting), metrics.jsonl (a line per step),
 checkpoint.safetensors (θ, φ, both optimisers, the state of the generator of randomness, the step,
-the frames of the film), and at the end final.png, progress.png and phi/. Files are written beside
-their place and moved into it when they are whole, so that a run killed at any moment can be
-resumed; on the CPU the resumed run ends in the same bits. A user's mistake is one line and exit
+the frames of the film), and at the end final.png, progress.png and phi/. What a run goes on from is
+written beside its place and moved into it when it is whole, so that a run killed at any moment can
+be resumed; on the CPU the resumed run ends in the same bits. A user's mistake is one line and exit
 status 2.
 """
 import argparse
@@ -90,7 +90,7 @@ class Program:
     check: Callable               # (settings): raises UserError; nothing is loaded yet
     build: Callable               # (settings, prior, method, rng, folder, anew)
     #                               -> (generator, cond, phi, second); `anew`: no checkpoint is read
-    finish: Callable              # (folder, settings, prior, state, film) -> the picture to name
+    finish: Callable              # (folder, settings, prior, state) -> the picture to name
     measure: Callable             # (settings, prior, state, images) -> {name: number}
     row: type = Method
 
@@ -146,7 +146,7 @@ def make_parser(program):
 
 DEFAULTS = {"method": "asd", "model": "tiny-sd", "rank": 4, "tokens": 4, "seed": 0,
             "save_every": 50, "checkpointing": False, "micro_batch": None, "device": "auto",
-            "dtype": "auto", "fixed_noise": False}
+            "dtype": "auto"}
 # what only some φ are told (variants.py); None: the φ's own default
 WORDS = {"negative": ("csd", "nfsd"), "source_words": ("bridge",), "target_words": ("bridge",),
          "bridge_steps": ("bridge",), "bridge_start": ("bridge",), "bandwidth": ("exact",),
@@ -173,9 +173,9 @@ def read_settings(given, program):
     if settings["t_min"] > min(settings["t_max"], late):
         raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']} "
                         f"or --t-max-late {settings['t_max_late']}")
-    if settings["phi"] == "noise" and method.phi != "noise":
+    if settings["phi"] == "noise" and method.phi == "lora":
         raise UserError(f"--phi noise is --method sds; {settings['method']} needs one to train")
-    if settings["phi"] != method.phi and method.phi not in ("noise", "lora", "embedding"):
+    if settings["phi"] != method.phi != "lora":
         raise UserError(f"--method {settings['method']} is its φ: drop --phi {settings['phi']}")
     if settings["lam_phi"] != 1 and settings["phi"] != "lora":
         raise UserError("--lam-phi is guidance inside a trained φ that is told y or ∅: --phi lora")
@@ -233,8 +233,11 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_image(path, size):
-    """A picture file -> RGB [1, 3, H, W] in [0, 1] of `size` = (H, W): on white, cropped to fit."""
+def read_image(path, size, ground="white"):
+    """A picture file -> RGB [1, 3, H, W] in [0, 1] of `size` = (H, W): on white, cropped to fit.
+
+    Raises UserError where it cannot be read.
+    """
     import numpy as np
     from PIL import Image, ImageOps
     try:
@@ -244,8 +247,8 @@ def read_image(path, size):
         picture = picture.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__})") from error
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
+    ground = Image.new("RGBA", picture.size, ground)
+    picture = Image.alpha_composite(ground, picture).convert("RGB")
     picture = ImageOps.fit(picture, size[::-1], Image.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
@@ -438,9 +441,9 @@ def run(program, settings, folder, resumed):
     write_grid(folder / "progress.png", strip, len(frames), 128)
     state.phi.save(folder / "phi")
     if prior.device.type == "cuda":
-        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB",
-              file=sys.stderr)
-    print(program.finish(folder, settings, prior, state, frames))
+        peak = torch.cuda.max_memory_allocated(prior.device) / 2 ** 30
+        print(f"peak memory: {peak:.2f} GiB", file=sys.stderr)
+    print(program.finish(folder, settings, prior, state))
 
 
 def main(argv=None, program=None):
@@ -451,8 +454,10 @@ def main(argv=None, program=None):
         settings, folder, resumed = read_settings(vars(make_parser(program).parse_args(argv)),
                                                   program)
         run(program, settings, folder, resumed)
-    except (UserError, FloatingPointError, OSError, SafetensorError) as mistake:
-        print(f"{name}: {str(mistake) or type(mistake).__name__}", file=sys.stderr)
+    except (UserError, FloatingPointError, OSError, SafetensorError, ImportError) as mistake:
+        mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""
+        print(f"{name}: {' '.join(str(mistake).split()) or type(mistake).__name__}{mend}",
+              file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
@@ -462,7 +467,8 @@ def main(argv=None, program=None):
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; go on with --resume {folder}", file=sys.stderr)
+        held = folder is not None and (folder / "config.json").exists()
+        print(f"\n{name}: stopped" + f"; go on with --resume {folder}" * held, file=sys.stderr)
         return 130
     return 0
 
@@ -496,7 +502,7 @@ def asd_build(settings, prior, method, rng, folder, anew):
     return generator, cond, phi_of(settings, prior, method, settings["prompt"]), None
 
 
-def asd_finish(folder, settings, prior, state, frames):
+def asd_finish(folder, settings, prior, state):
     """final.png, the particles in a grid."""
     final = (state.generator.images() * 255).round().byte().cpu()
     write_grid(folder / "final.png", final, math.ceil(math.sqrt(len(final))))

@@ -420,7 +420,7 @@ def measure(settings, prior, state, images):
     return view_scores(state.generator.nerf, settings["prompt"])
 
 
-def finish(folder, settings, prior, state, frames):
+def finish(folder, settings, prior, state):
     """All that write_all writes, and the numbers."""
     values = measure(settings, prior, state, None)
     names = {"clip": "tiny-clip {:.3f}", "iou": "silhouette IoU {:.3f}", "psnr": "PSNR {:.2f} dB"}

@@ -236,11 +236,11 @@ def test_encode_image_is_the_scaled_mean(prior):
 
 
 def test_decode_gives_pictures_from_0_to_1(prior):
-    x0 = 20 * torch.randn(2, *prior.shape, generator=rng())
+    x0 = 20 * torch.randn(9, *prior.shape, generator=rng())               # 4, 4 and 1
     with torch.no_grad():
         expected = (prior.vae.decode(x0 / 0.5).sample / 2 + 0.5).clamp(0, 1)
         images = prior.decode(x0)
-    assert images.shape == (2, 3, 16, 16)
+    assert images.shape == (9, 3, 16, 16)
     assert images.min() == 0 or images.max() == 1       # the clamp was needed here
     torch.testing.assert_close(images, expected)
 
@@ -304,6 +304,15 @@ def test_the_embedded_model_comes_before_what_lies_around(folders, monkeypatch, 
     assert Prior.from_pretrained("tiny-sd", "cpu").shape == (4, 8, 8)
     with pytest.raises(UserError, match="^other cannot be loaded"):
         Prior.from_pretrained("other", "cpu")
+
+
+def test_weights_saved_in_half_precision_alone(pipe, prior, tmp_path):
+    """diffusers' variant "fp16": *.fp16.safetensors and nothing else."""
+    pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert not (tmp_path / "unet/diffusion_pytorch_model.safetensors").exists()
+    half = Prior.from_pretrained(str(tmp_path), "cpu")
+    for a, b in zip(half.unet.parameters(), prior.unet.parameters(), strict=True):
+        assert torch.equal(a, b.half().float())
 
 
 def test_lost_hub_model_is_one_line(no_network, monkeypatch, tmp_path):
@@ -441,7 +450,8 @@ def test_checkpointing_recomputes_the_same_gradients(prior):
 
 def test_lora_of_another_checkpoint_answers_in_eps(load):
     """The paper's 3D setting: the prior predicts ε, φ is another model that predicts v."""
-    prior, other = load("epsilon"), load("v_prediction")
+    prior, other = load("epsilon"), copy.copy(load("v_prediction"))
+    other.shape = (4, 12, 12)                     # as 2.1's are of 96, 2.1-base's of 64 pixels
     (x_t, t, cond), own = sample(prior), other.encode_text([PROMPT])
     phi = LoRAPhi(other, cond=own)
     with torch.no_grad():
@@ -453,6 +463,22 @@ def test_lora_of_another_checkpoint_answers_in_eps(load):
     state, rows = go(prior, method_of(), phi=phi)
     assert all(math.isfinite(row["loss_D"]) for row in rows)
     assert not any(torch.equal(p, before[name]) for name, p in trainable(phi).items())
+
+
+def test_checkpointing_of_the_embedding_recomputes_the_same_gradient(folders):
+    (prior, whole), grads, calls = (Prior.from_pretrained(folders["epsilon"], "cpu")
+                                    for _ in range(2)), [], []
+    (x_t, t, cond), kept = sample(prior), prior.encode_text([PROMPT])
+    for each in (whole, prior):
+        phi = EmbeddingPhi(each, PROMPT, checkpointing=each is prior)
+        calls.append([])
+        each.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        phi(x_t, t, cond, None).square().sum().backward()
+        grads.append(phi.embedding.grad)
+    assert len(calls[0]) == 1 < len(calls[1]) and (grads[0] != 0).any()
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert torch.equal(prior.eps(x_t, t, kept.expand(2, -1, -1)),
+                       whole.eps(x_t, t, kept.expand(2, -1, -1)))
 
 
 @pytest.mark.parametrize("phi", ["lora", "embedding"])
@@ -489,6 +515,15 @@ def test_make_phi_knows_three(prior):
     assert made == [NoisePhi, LoRAPhi, EmbeddingPhi]
     with pytest.raises(ValueError, match="'hyper'.*noise, lora or embedding"):
         asd.make_phi("hyper", prior)
+    with pytest.raises(ValueError, match="made for a prompt"):          # none to start at
+        asd.distill(prior, Latents(prior), prior.encode_text([PROMPT]), method_of(phi="embedding"))
+
+
+def test_state_of_another_generator(prior):
+    method = method_of()
+    state = make_state(prior, method)
+    with pytest.raises(ValueError, match="another generator"):
+        asd.distill(prior, Latents(prior), prior.encode_text([PROMPT]), method, state=state)
 
 
 # -------------------------------------------------------------------------------- embedding φ
@@ -599,6 +634,8 @@ def test_embedding_round_trip(prior, tmp_path):
     phi.save(tmp_path)
     again.load(tmp_path)
     assert torch.equal(phi.embedding, again.embedding)
+    with pytest.raises(ValueError, match="words"):
+        EmbeddingPhi(prior, PROMPT, 1).load(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- generators
@@ -772,6 +809,18 @@ def test_equal_particles_part(prior):
     state, _ = go(prior, method, generator=Latents(prior, 2, images=images))
     a, b = state.generator.theta.detach()
     assert not torch.equal(a, b)
+
+
+def test_seeded_touches_no_other_generator(prior, monkeypatch):
+    """torch.manual_seed would seed every GPU's anew."""
+    for module in (torch, torch.cuda):
+        for name in ("manual_seed", "manual_seed_all"):
+            monkeypatch.setattr(module, name, None, raising=False)
+    before = torch.get_rng_state()
+    ours, same_seed, other = (LoRAPhi(prior, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for a, b, c in zip(*(trainable(phi).values() for phi in (ours, same_seed, other)), strict=True):
+        assert torch.equal(a, b) and (torch.equal(a, c) == (a == 0).all())
 
 
 @pytest.mark.parametrize("changes, expected", [

@@ -499,6 +499,22 @@ def test_one_network_for_several_things(cli):
     one_line(cli("--network", "--things", "fox"), "{}")
 
 
+def test_mask_lies_as_the_picture_does(tmp_path):
+    """A photograph that its camera has turned; strokes on nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                          # to be turned by 90° clockwise
+    Image.new("RGB", (16, 8), "red").save(tmp_path / "turned.jpg", exif=exif)
+    strokes = Image.new("RGBA", (8, 16))
+    strokes.paste("white", (0, 0, 8, 8))                      # its upper half
+    strokes.save(tmp_path / "mask.png")
+    settings = {"image": tmp_path / "turned.jpg", "mask": tmp_path / "mask.png"}
+    _, mask = editing.read_pictures(settings, (16, 8))
+    assert mask[0, 0, :, 0].tolist() == [1] * 8 + [0] * 8 and (mask == mask[..., :1]).all()
+    Image.new("L", (16, 8), 255).save(tmp_path / "mask.png")
+    with pytest.raises(asd.UserError, match="must agree"):
+        editing.read_pictures(settings, (16, 8))
+
+
 def test_mistakes_are_one_line(cli, tmp_path):
     Path("broken.png").write_bytes(b"no picture")
     Image.new("L", (8, 8), 255).save("small.png")
@@ -506,6 +522,7 @@ def test_mistakes_are_one_line(cli, tmp_path):
     one_line(cli("--image", "broken.png"), "broken.png")
     one_line(cli("--mask", "small.png"), "must agree")
     one_line(cli("--mask", "missing.png"), "missing.png")
+    one_line(cli("--method", "dds", "--phi", "lora"), "--method dds is its φ: drop --phi lora")
     one_line(cli("--source", " "), "--source")
     one_line(cli("--target", ""), "--target")
     one_line(cli("--network", "--image", "a.png"), "folder")

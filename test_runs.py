@@ -408,6 +408,19 @@ def test_interrupted_run_says_how_to_go_on(cli, monkeypatch):
     monkeypatch.setattr(runs, "distill", interrupt)
     status, _, err = cli()
     assert status == 130 and "--resume run" in err and "Traceback" not in err
+    monkeypatch.setattr(runs, "set_up", interrupt)
+    status, _, err = cli("--out", "early")
+    assert status == 130 and err == "\nasd.py: stopped\n"
+
+
+@pytest.mark.parametrize("error, line", [
+    (ModuleNotFoundError("No module named 'peft'"), "asd.py: No module named 'peft': pip install"),
+    (ValueError("two\n  lines"), "asd.py: two lines")])
+def test_an_error_of_a_library_is_one_line(cli, monkeypatch, error, line):
+    def fail(*args, **kwargs):
+        raise error if isinstance(error, ImportError) else runs.UserError(error) from error
+    monkeypatch.setattr(runs, "make_phi", fail)
+    one_line(cli(), line)
 
 
 # ------------------------------------------------------------------------------ users' mistakes
@@ -415,6 +428,7 @@ def test_interrupted_run_says_how_to_go_on(cli, monkeypatch):
     (["--method", "hyper"], ["'hyper'", "sds, vsd, asd"]),
     (["--phi", "hyper"], ["--phi", "lora"]),
     (["--phi", "noise"], ["--phi noise", "--method sds"]),
+    (["--method", "sds", "--phi", "lora"], ["--method sds", "--phi lora"]),
     (["--lam", "nan"], ["--lam", "nan"]),
     (["--lam", "inf"], ["--lam", "inf"]),
     (["--lam", "many"], ["--lam", "many"]),
