@@ -610,7 +610,7 @@ FLAGS = {"grid": {"part"}, "edit-table": {"part"}, "solids": {"part", "steps", "
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("figure", choices=list(FIGURES))
-    parser.add_argument("--out", help="default: figures/<figure>.png")
+    parser.add_argument("--out", help="default: in figures/")
     parser.add_argument("--part", metavar="I/N", help="grid, tables, solids: one of N processes")
     parser.add_argument("--steps", type=number(int, 1), help="solids: of each run (nerf.py's: 600)")
     parser.add_argument("--seeds", type=number(int, 1), help="solids: how many (default 3)")

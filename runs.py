@@ -104,13 +104,14 @@ def make_parser(program):
     add("--phi", choices=["noise", "lora", "embedding", "exact"], help="what predicts ε_φ")
     add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
     add("--lam", type=some, help="λ, guidance (default 7.5)")
-    add("--gamma", type=some, help="γ of Eq. 10")
-    add("--steps", type=number(int, 1), help="updates of θ")
-    add("--lr", type=number(float, 0, 1e30), help="learning rate for θ")
-    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of it (default 1; 3D: "
-        "0.05)")
+    add("--gamma", type=some, help="γ of Eq. 10 (asd: default -1, in 3D -0.5; vsd: 0)")
+    add("--steps", type=number(int, 1), help="updates of θ (default 350; editing: 60; 3D: 600)")
+    add("--lr", type=number(float, 0, 1e30), help="learning rate for θ (default 0.01; editing: "
+        "0.03; 3D: 0.02)")
+    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of --lr (default 1; "
+        "3D: 0.05)")
     add("--optimizer", choices=list(OPTIMIZERS), help="of θ (default adam; editing: sgd)")
-    add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's learning rate for φ")
+    add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's for φ (default 1e-3)")
     add("--omega", choices=list(OMEGAS), help="ω(t) (default 1; editing, 3D: sigma2)")
     add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
     add("--t-max", type=number(float, 0, 1), help="largest t for θ (default 0.98)")

@@ -8,7 +8,7 @@
 | x0 = g(θ, c) of Adversarial Score Distillation | Scene         | test_scene_…            |
 | how good it is; beside a solid of solids.py    | view_scores   | test_scores_…           |
 | a mesh, and a page that turns it               | extract_mesh  | test_mesh_…, test_page… |
-| normals of a picture from its depth            | depth_normals | test_normals_of_a_depth |
+| normals of a picture from its depth            | depth_normals | test_normals_of_…       |
 """
 import base64
 import inspect
