@@ -450,10 +450,10 @@ def update_phi(prior, state, method, d, x0, null, camera, micro_batch, noise=Non
                eps_phi=None):
     """φ's updates of one step of the loop, each at a draw of its own or at `noise`. -> loss_D."""
     for i in range(method.phi_steps):
-        seen, fresh = camera, noise or draw(state.rng, x0, 0, prior.steps - 1)
+        told, here = camera, noise or draw(state.rng, x0, 0, prior.steps - 1)
         if camera is not None:                  # one view in ten is learnt without its camera
-            seen = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
-        loss = discriminator_step(prior, state, method, d, x0, null, fresh, seen, micro_batch,
+            told = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
+        loss = discriminator_step(prior, state, method, d, x0, null, here, told, micro_batch,
                                   eps_y, eps_phi if i == 0 else None)
     return loss
 

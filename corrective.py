@@ -162,7 +162,8 @@ def train(args):
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    prior = Prior.from_pretrained(args.model, usable(args.device))
+    args.device = usable(args.device)
+    prior = Prior.from_pretrained(args.model, args.device)
     # what was made with other weights, words or settings is never taken for this
     unet = fingerprint(*prior.unet.parameters())
     prompts, data = read_lines(args.prompts) if args.prompts else [], tiny_sd.DATA

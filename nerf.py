@@ -27,6 +27,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -141,12 +142,13 @@ def use_triton(kernels, tensor):
         raise ValueError(f"kernels is auto, torch or triton, not {kernels!r}")
     if kernels == "torch" or kernels == "auto" and not tensor.is_cuda:
         return False
+    compiler = shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")
     able = _installed("triton") and _installed("nerf_kernels") and \
-        (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+        (tensor.is_cuda and compiler or os.environ.get("TRITON_INTERPRET") == "1")
     if kernels == "triton" and not able:
-        raise ValueError("the Triton kernels need CUDA, Triton and nerf_kernels.py beside nerf.py: "
-                         "choose --kernels auto or torch")
-    return able
+        raise ValueError("the Triton kernels need CUDA, Triton, a C compiler and nerf_kernels.py "
+                         "beside nerf.py: choose --kernels auto or torch")
+    return bool(able)
 
 
 @functools.cache

@@ -112,14 +112,12 @@ class Prior:
 
         The whole batch at once, as gradients may flow: --pixels needs memory for all pictures.
         """
-        config = self.vae.config
-        mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean.float()
-        return (mean - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+        mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean
+        return mean.float() * self.vae.config.scaling_factor
 
     def decode(self, x0):
         """x0 [B, C, H, W] -> RGB in [0, 1], float32."""
-        config = self.vae.config
-        z = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        z = x0 / self.vae.config.scaling_factor
         rgb = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in z.split(4)]
         return (torch.cat(rgb) / 2 + 0.5).clamp(0, 1)           # four at once: to bound the memory
 

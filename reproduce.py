@@ -183,7 +183,7 @@ def sampled(prior, prompts, seed=0):
     """Text-to-image of every prompt from the same noise -> RGB [B, 3, H, W] in [0, 1]."""
     rng = torch.Generator().manual_seed(seed)
     x_T = torch.randn(1, *prior.shape, generator=rng).repeat(len(prompts), 1, 1, 1)
-    return prior.decode(ddim_samples(prior, prompts, x_T))
+    return prior.decode(ddim_samples(prior, prompts, x_T)).cpu()
 
 
 def save_png(picture, path):

@@ -369,7 +369,7 @@ def usable(device):
 
 def set_up(program, settings, folder, checkpoint=None):
     """settings -> (prior, cond, method, state, frames), from a checkpoint where one is given."""
-    dtype = None if settings["dtype"] in (None, "auto") else getattr(torch, settings["dtype"])
+    dtype = None if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
     prior = Prior.from_pretrained(settings["model"], usable(settings["device"]), dtype)
     method = program.row(**{key: settings[key] for key in program.row.__dataclass_fields__})
     rng = torch.Generator().manual_seed(settings["seed"])
@@ -433,7 +433,8 @@ def run(program, settings, folder, resumed):
         bar.set_postfix(loss_G=f"{terms['loss_G']:.2f}", loss_D=f"{terms['loss_D']:.1f}",
                         ms=f"{1000 * terms['seconds']:.0f}")
 
-    frames.setdefault(0, (state.generator.images()[:4] * 255).round().byte().cpu())
+    if 0 not in frames:
+        frames[0] = (state.generator.images()[:4] * 255).round().byte().cpu()
     with tqdm(total=method.steps, initial=state.step, desc=settings["method"]) as bar, \
             metrics.open("a") as log:
         distill(prior, state.generator, cond, method, state=state, callback=record,

@@ -21,6 +21,7 @@ import asd
 import editing
 import runs
 import translation
+import variants
 from conftest import cosine, fixed_mixture, mixtures, randn
 from test_asd import close, guidance, levels, mutants, noise, seeds, shapes, slope
 from test_distill import folders, load, on_devices, prior, rng, trainable  # noqa: F401
@@ -461,7 +462,7 @@ def test_a_network_is_saved_and_applied(cli, tmp_path):
 def test_what_apply_translates_is_what_was_trained(cli):
     """The saved network is the trained one, and it is no longer the identity."""
     assert cli("--network", "--pictures", 2, "--method", "dds", "--lr", 0.01)[0] == 0
-    prior_, net = translation.load_network("run")
+    prior_, net = translation.load_network("run", "cpu")
     named = [p for p in net.parameters()]
     trained = checkpoint("run")
     assert all(torch.equal(p, trained[f"theta.{i}"]) for i, p in enumerate(named))
@@ -497,6 +498,48 @@ def test_one_network_for_several_things(cli):
     one_line(cli("--network", "--things", "fox", "--image", "."), "--image")
     one_line(cli("--network", "--things", "fox,,apple"), "not empty")
     one_line(cli("--network", "--things", "fox"), "{}")
+
+
+def test_the_command_asks_for_the_target(cli, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs, "distill", lambda prior_, generator, cond, method, state, **_:
+                        seen.append((prior_, cond, state)))
+    assert cli("--phi", "embedding")[0] == 0
+    (prior_, y, state), = seen
+    for text, cond, phi in (("a blue fox", y, state.phi),
+                            ("a red apple", state.second.cond, state.second.phi)):
+        assert torch.equal(cond, prior_.encode_text([text]))
+        assert torch.equal(phi.embedding, asd.make_phi("embedding", prior_, text).embedding)
+
+
+def test_a_network_learns_on_samples_of_the_source(cli, monkeypatch):
+    asked = []
+    monkeypatch.setattr(variants, "ddim_samples",
+                        lambda _, texts, x_T: asked.extend(texts) or x_T)
+    assert cli("--network", "--things", "apple, fox", "--source", "a red {}", "--target",
+               "a blue {}", "--pictures", 3, "--method", "dds")[0] == 0
+    assert asked == ["a red apple", "a red fox", "a red apple"]
+
+
+@pytest.mark.parametrize("name", ["asd-edit", "asd-10"])
+def test_shared_noise_is_not_a_shared_picture(prior, name, monkeypatch):         # noqa: F811
+    """φ_z judges the source but learns on the edit: ε_z and ε_φz of the one do not serve."""
+    t, eps = torch.tensor([300]), torch.randn(1, *prior.shape, generator=rng(1))
+    apart = 2 * torch.randn(1, *prior.shape, generator=rng(2))
+    monkeypatch.setattr(asd, "draw", lambda *args: (t, eps))
+    _, (row,), source = edit(prior, name, apart=apart, share_noise=True)
+    x_t = asd.add_noise(source + apart, eps, *prior.alpha_sigma(t))
+    errors = [(prior.eps(x_t, t, prior.encode_text([text])) - eps).square().sum().item()
+              for text in ("a blue fox", "a red apple")]
+    assert row["loss_D"] == pytest.approx(sum(errors), rel=1e-4)
+
+
+@on_devices
+def test_a_run_on_any_device_goes_on(cli, device):
+    for out, flags in (("picture", []), ("network", ["--network", "--pictures", 2])):
+        assert cli(*flags, "--steps", 2, "--device", device, "--out", out)[0] == 0
+        assert cli("--resume", out, "--steps", 3)[0] == 0
+    assert cli("--apply", "network", "--image", "a.png", "--device", device)[0] == 0
 
 
 def test_mask_lies_as_the_picture_does(tmp_path):

@@ -719,7 +719,7 @@ def test_psnr_by_hand():
 @pytest.mark.parametrize("flags, message", [
     (["--fit", "red dragon"], "neither a folder nor a solid"),
     (["--fit", "{tmp}"], "transforms.json cannot be used"),
-    (["--fit", "mug", "--kernels", "triton"], "need CUDA, Triton"),
+    (["--fit", "mug", "--kernels", "triton", "--device", "cpu"], "need CUDA, Triton"),
     (["--fit", "mug", "--device", "tpu9"], "tpu9"),
     pytest.param(["--fit", "mug", "--device", "cuda"], "--device cuda cannot be used here",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
@@ -860,6 +860,18 @@ def test_page_shows_the_mesh(mesh, tmp_path, event, turn, tilt, away):
     assert (page.min(2) < 0.99).mean() == pytest.approx(part, rel=0.05)
 
 
+@pytest.mark.parametrize("box", [0.5, 4.0])
+def test_a_field_in_another_box_is_the_same_enlarged(box):
+    """Powers of two: bit for bit."""
+    one, other, x = small(), small(box=box), 2 * torch.rand(99, 3, generator=rng()) - 1
+    for field in (one, other):
+        field.update_grid(0.05)
+    assert 0.02 < one.occupied.float().mean() < 0.9
+    assert all(map(torch.equal, one(x), other(box * x)))
+    assert torch.equal(one.occupied, other.occupied)
+    assert torch.equal(one.occupancy(x), other.occupancy(box * x))
+
+
 # ---------------------------------------------------------------------------------- text-to-3D
 class Eye:
     """As much of a Prior as a Scene needs: x0 is the picture at half its size."""
@@ -890,6 +902,10 @@ def test_scene_asks_each_view_for_its_own_prompt():
     close(cond[:, 0, 0], torch.tensor([float(len(f"a mug, {word} view")) for word in words]))
     assert set(words) == {"front", "side", "back", "overhead"}
     assert (distance >= 2.75 - 1e-4).all() and (distance <= 3.1 + 1e-4).all()
+    s, seen = make_scene(), []
+    picture = s.picture
+    s.picture = lambda c2w, *rest: seen.append(c2w) or picture(c2w, *rest)
+    assert torch.equal(s()[2], seen[0].flatten(1))
     low = elevation < 50
     assert 0.75 < low.float().mean() < 0.98                       # an eighth is seen from above
     assert (elevation[low] > 4.9).all() and (elevation[low] < 35.1).all()
@@ -1048,6 +1064,23 @@ def test_a_turntable_without_a_film(monkeypatch, tmp_path, capsys):
     scene.write_turntable(tmp_path / "turntable.gif", small(), frames=2, size=8, samples=4)
     assert {p.name for p in tmp_path.iterdir()} == {"ffmpeg", "turntable.gif"}
     assert "no turntable.mp4" in capsys.readouterr().err
+
+
+def test_phi_is_told_the_prompt_without_the_view(text_to_3d, monkeypatch):
+    import runs
+    seen = []
+    monkeypatch.setattr(runs, "distill", lambda prior, generator, cond, method, state, **_:
+                        seen.append((prior, state.phi)))
+    assert text_to_3d("--steps", 1)[0] == 0
+    prior, phi = seen[0]
+    assert torch.equal(phi.cond, prior.encode_text(["a red ball"]))
+
+
+@cuda
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_cuda_run_goes_on(text_to_3d, kernels):
+    assert text_to_3d("--steps", 2, "--device", "cuda", "--kernels", kernels)[0] == 0
+    assert text_to_3d("--resume", "run", "--steps", 3)[0] == 0
 
 
 def test_a_resumed_run_ends_in_the_same_bits(text_to_3d, tmp_path):

@@ -527,12 +527,34 @@ def test_shipped_corrective_is_small_and_of_the_shipped_weights():
     assert corrective.load_bias(asd.Prior.from_pretrained("tiny-sd", "cpu"))
 
 
+@pytest.mark.parametrize("lam", [0.0, 1.0, 3.0])
+def test_ddim_samples_follow_the_guided_ode(lam):
+    exact = ExactPrior(GaussianMixture([[-1.0], [2.0]], [0.5, 0.5], labels=[0, 1]),
+                       words=["y", "z"])
+    texts, x_T = ["a y", "a z"] * 2, randn(4, 1, 1, 1, generator=rng())
+    y, null = exact.encode_text(texts), exact.encode_text([""] * 4)
+
+    def guided(x, t):
+        return exact.eps(x, t, null) + lam * (exact.eps(x, t, y) - exact.eps(x, t, null))
+    expected = variants.ode_end(guided, x_T, torch.full((4,), 999), 7, exact.alpha_sigma)
+    close(variants.ddim_samples(exact, texts, x_T, 7, lam), expected)
+
+
+def test_errors_and_differences_by_hand():
+    """What figures/*.json say after ±, and which row is subtracted from which."""
+    assert reproduce.mean_and_error([1.0, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3) / 2))
+    edits = [{"dds": {"m": 1.0}, "asd": {"m": m}, "asd-edit": {"m": 4.0}} for m in (3.0, 5.0)]
+    table = reproduce.print_edits({"some": edits})["some"]
+    assert table["asd minus dds"]["m"] == pytest.approx((3, 1))
+    assert table["asd-edit minus asd"]["m"] == pytest.approx((0, 1))
+
+
 def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The command; the same command goes on; pictures come from the prior or from a folder."""
     monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
     Path("prompts").write_text("a red apple\na blue fox\n")
     flags = ["train-corrective", "--model", model, "--samples", "3", "--ddim", "2", "--batch", "2",
-             "--minutes", "0.005", "--device", "cpu", "--out", "made/b.safetensors"]
+             "--minutes", "0.005", "--out", "made/b.safetensors"]
     assert variants.main(flags) == 0
     assert capsys.readouterr().out == "made/b.safetensors\n"
     made = contents("data")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from asd import Prior, UserError
-from runs import Parser, moved_into, number, read_folder, read_image, write_grid
+from runs import Parser, moved_into, number, read_folder, read_image, usable, write_grid
 
 DEFAULTS = {"network": False, "things": None, "batch": 8, "pictures": 64}
 
@@ -131,14 +131,14 @@ def source_latents(settings, prior, folder):
     return x0
 
 
-def load_network(folder):
+def load_network(folder, device="auto"):
     """What a run of --network has left in `folder` -> (prior, net)."""
     from diffusers import UNet2DModel
     try:
         settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))["settings"]
         net = UNet2DModel.from_pretrained(Path(folder) / "network", local_files_only=True,
                                           use_safetensors=True)
-        prior = Prior.from_pretrained(settings["model"])
+        prior = Prior.from_pretrained(settings["model"], usable(device))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no trained network ({type(error).__name__}): train one "
                         "with --network") from error
@@ -157,11 +157,11 @@ def in_one_pass(prior, net, pictures):
     return torch.cat(after), sorted(seconds)[len(seconds) // 2]
 
 
-def apply_network(folder, image, out=None):
+def apply_network(folder, image, out=None, device="auto"):
     """Translate a picture, or every picture of a folder, by the network trained in `folder`."""
     if image is None:
         raise UserError("give the --image, or a folder of them, to --apply the network to")
-    prior, net = load_network(folder)
+    prior, net = load_network(folder, device)
     size = prior.image_size
     before = read_folder(image, size) if Path(image).is_dir() else read_image(image, size)
     after, seconds = in_one_pass(prior, net, before)
@@ -178,9 +178,10 @@ def main(argv):
     parser.add_argument("--apply", metavar="DIR", help="where it was trained")
     parser.add_argument("--image", metavar="PNG", help="a picture, or a folder of them")
     parser.add_argument("--out", metavar="PNG", help="default DIR/applied.png")
+    parser.add_argument("--device", default="auto", help="default auto: cuda where there is one")
     given = parser.parse_args(argv)
     try:
-        apply_network(given.apply, given.image, given.out)
+        apply_network(given.apply, given.image, given.out, given.device)
     except (UserError, OSError) as mistake:
         print(f"editing.py: {mistake}", file=sys.stderr)
         return 2
