@@ -536,10 +536,11 @@ SOLIDS = ["a red mug", "a blue car", "a yellow duck", "a green house", "a purple
 def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
     """Print tiny-clip's score, silhouette IoU and PSNR of five solids by SDS, VSD and ASD.
 
-    Means over the solids ± standard errors over the seeds, and ASD's differences, seed by seed. The
-    runs are nerf.py's, in outputs/solids/: those that are there already are not made again, one
-    that was stopped goes on. part "1/2" and "2/2" in two processes, of one thread each: a half
-    each; whichever ends last prints. only: of "asd/a red mug", …, those that it is a part of.
+    Means over the solids ± standard errors over the seeds, and ASD's differences, seed by seed;
+    beside the numbers a picture of the first seed. The runs are nerf.py's, in outputs/solids/:
+    those that are there already are not made again, one that was stopped goes on. part "1/2" and
+    "2/2" in two processes, of one thread each: a half each; whichever ends last prints. only: of
+    "asd/a red mug", …, those that it is a part of.
     """
     import scene
     from corrective import fingerprint
@@ -557,6 +558,7 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
             file, name, prompt, seed, rows[name].steps)):
         return False
     found = {run: json.loads(file.read_text()) for run, file in files.items()}
+    solids_sheet(Path(path).with_suffix(".png"), files, found)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(path), json.dumps({"table": print_solids(found), "runs": {
         f"{name}/{prompt}/{seed}": numbers
@@ -574,6 +576,23 @@ def solid_run(file, method, prompt, seed, steps):
         raise asd.UserError(f"{folder} is not finished; the same command goes on with it")
     field = nerf.NeRF.load(folder / "nerf.safetensors")
     write_text(file, json.dumps(scene.view_scores(field, prompt)))
+
+
+def solids_sheet(path, files, found, side=128):
+    """Each method's solids of the first seed, and the true ones, half from the side."""
+    from nerf import NeRF, rays, render
+    from scene import eight_views, orbit
+    names, prompts, seeds = (list(dict.fromkeys(key)) for key in zip(*files, strict=True))
+    views, rows = rays(orbit(8)[1:2], 40.0, 64), []
+    for name in names:
+        fields = [NeRF.load(files[name, prompt, seeds[0]].parent / "nerf.safetensors")
+                  for prompt in prompts]
+        rows.append((name.upper(), torch.cat([render(field, *views, 64).rgb for field in fields]),
+                     [f"{found[name, prompt, seeds[0]]['iou']:.2f}" for prompt in prompts]))
+    truth = torch.cat([eight_views(prompt).over(1.0)[1:2] for prompt in prompts])
+    rows.append(("the true solids", truth, ["1"] * len(prompts)))
+    rows = [(label, rgb.movedim(-1, 1).clamp(0, 1), notes) for label, rgb, notes in rows]
+    sheet(path, prompts, rows, side, corner="silhouette IoU")
 
 
 def print_solids(found):

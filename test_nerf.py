@@ -1119,6 +1119,7 @@ def test_reproduce_solids(folders, tmp_path, monkeypatch, coarse, capsys):      
     found = json.loads((tmp_path / "figures/solids.json").read_text())
     assert set(found["runs"]) == {f"{name}/a red mug/0" for name in ("sds", "vsd", "asd")}
     assert set(found["table"]["vsd"]) >= {"iou", "psnr"}
+    assert Image.open(tmp_path / "figures/solids.png").size == (141 + 128, 32 + 4 * (128 + 18))
     with pytest.raises(SystemExit, match="2"):
         reproduce.main(["solids", "--only", "a red dragon"])
 
