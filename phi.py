@@ -174,9 +174,8 @@ def make_phi(kind, prior, prompt=None, rank=4, tokens=4, checkpointing=False, se
     ValueError for another kind, and for one that needs the prompt where there is none.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    if kind in ("embedding", "bridge") and not prompts:
-        raise ValueError(f"phi {kind!r} is made for a prompt: give phi=make_phi({kind!r}, prior, "
-                         "prompt)")
+    if kind == "embedding" and not prompts:
+        raise ValueError(f"phi {kind!r} is made for a prompt: make_phi({kind!r}, prior, prompt)")
     if kind == "noise":
         return NoisePhi()
     if kind in ("lora", "embedding"):

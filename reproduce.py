@@ -581,15 +581,15 @@ def solid_run(file, method, prompt, seed, steps):
 def solids_sheet(path, files, found, side=128):
     """Each method's solids of the first seed, and the true ones, half from the side."""
     from nerf import NeRF, rays, render
-    from scene import eight_views, orbit
+    from scene import find_solid, orbit, solid_pictures
     names, prompts, seeds = (list(dict.fromkeys(key)) for key in zip(*files, strict=True))
-    views, rows = rays(orbit(8)[1:2], 40.0, 64), []
+    c2w, rows = orbit(8)[1:2], []
     for name in names:
-        fields = [NeRF.load(files[name, prompt, seeds[0]].parent / "nerf.safetensors")
-                  for prompt in prompts]
-        rows.append((name.upper(), torch.cat([render(field, *views, 64).rgb for field in fields]),
-                     [f"{found[name, prompt, seeds[0]]['iou']:.2f}" for prompt in prompts]))
-    truth = torch.cat([eight_views(prompt).over(1.0)[1:2] for prompt in prompts])
+        runs = [(name, prompt, seeds[0]) for prompt in prompts]
+        fields = [NeRF.load(files[run].parent / "nerf.safetensors") for run in runs]
+        seen = torch.cat([render(field, *rays(c2w, 40.0, 64), 64).rgb for field in fields])
+        rows.append((name.upper(), seen, [f"{found[run]['iou']:.2f}" for run in runs]))
+    truth = torch.cat([solid_pictures(*find_solid(prompt), c2w).over(1.0) for prompt in prompts])
     rows.append(("the true solids", truth, ["1"] * len(prompts)))
     rows = [(label, rgb.movedim(-1, 1).clamp(0, 1), notes) for label, rgb, notes in rows]
     sheet(path, prompts, rows, side, corner="silhouette IoU")

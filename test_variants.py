@@ -870,6 +870,8 @@ def test_asd_does_without_this_file(prior, monkeypatch):  # noqa: F811
 
 def test_make_phi_takes_one_prompt_or_all(prior):  # noqa: F811
     words = {"lam": 40.0, "gamma": -1.0, "steps": 4}
+    with pytest.raises(ValueError, match="made for its prompts"):
+        asd.make_phi("bridge", prior, **words)
     assert len(asd.make_phi("bridge", prior, PROMPT, **words).plain) == 1
     assert len(asd.make_phi("bridge", prior, [PROMPT, "a blue fox"], **words).plain) == 2
     with pytest.raises(ValueError, match="csd, nfsd, bridge, lmc, exact"):

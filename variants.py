@@ -185,12 +185,15 @@ class Bridge(NoisePhi):
     ε_{y+source words}). Words with a {} are a phrase that the prompt is put into, others follow it.
     Start: half-way; at once where source words say what the pictures are (from a painting:
     "painting"). bridge_steps > 1 solves both ODEs instead of taking one step.
-    prompts: every prompt the run can ask; a prompt is recognised by its embedding.
+    prompts: every prompt the run can ask, at least one (ValueError); a prompt is recognised by its
+    embedding.
     """
 
     def __init__(self, prior, prompts, lam, steps, source_words=None, target_words=None,
                  bridge_steps=1, bridge_start=None, **_):
         super().__init__()
+        if not prompts:
+            raise ValueError("phi 'bridge' is made for its prompts: make_phi('bridge', prior, …)")
         start = bridge_start if bridge_start is not None else 0.5 if source_words is None else 0.0
         words = [BRIDGE_SOURCE if source_words is None else source_words,
                  BRIDGE_TARGET if target_words is None else target_words]
