@@ -1,4 +1,4 @@
-"""Adversarial Score Distillation (ASD, arXiv 2312.00739, CVPR 2024): Eqs. 2–10, the loop, a CLI.
+"""Adversarial Score Distillation (ASD, arXiv 2312.00739, CVPR 2024): Eqs. 1–10, the loop, a CLI.
 
     python asd.py --prompt "a red apple"                      # offline, with the embedded tiny-sd/
     python asd.py --prompt "a fox" --method vsd --particles 4
@@ -9,24 +9,31 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 
     ∇θ L'_G = E[ ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ ) · ∂x0/∂θ ]                               (7)
 
-| equation                          | function                   | in test_asd.py                |
-|-----------------------------------|----------------------------|-------------------------------|
-| 2  classifier-free guidance       | cfg_noise                  | test_equation[cfg_noise]      |
-| 3  SDS                            | sds_grad                   | test_sds_is_eq7_…             |
-| 5  the discriminator              | log_discriminator          | test_equation[…]              |
-| 5  a diffusion model classifies   | classifier_score           | test_equation[…]              |
-| 6  generator's loss, and bound    | generator_loss, _bound     | test_eq6_…                    |
-| 7  generator's gradient           | generator_grad             | test_eq7_…                    |
-| 8  discriminator's loss           | discriminator_loss_density | test_equation[…]              |
-| 9  the same in noise predictions  | discriminator_loss         | test_eq9_…                    |
-| 9  its condition on γ             | gamma_lower_bound          | test_the_condition_is_needed  |
-| 10 without real samples           | discriminator_loss_text    | test_eq10_…                   |
-| –  the minimiser of Eq. 10        | optimal_eps_phi            | test_minimiser_…, test_lam_eff|
+| equation                          | function                   | in test_asd.py               |
+|-----------------------------------|----------------------------|------------------------------|
+| 1  the diffusion loss's gradient  | sds_grad at λ = 1          | test_sds_with_cfg_is_not_…   |
+| 2  classifier-free guidance       | cfg_noise                  | test_equation[cfg_noise]     |
+| 3  SDS                            | sds_grad                   | test_sds_is_eq7_…            |
+| 4  WGAN with a gradient penalty   | wgan_objective             | test_equation[…]             |
+| 5  the discriminator              | log_discriminator          | test_equation[…]             |
+| 6  generator's loss, and bound    | generator_loss, _bound     | test_eq6_…                   |
+| –  a diffusion model classifies   | classifier_score           | test_equation[…]             |
+| 7  generator's gradient           | generator_grad             | test_eq7_…                   |
+| 8  discriminator's loss           | discriminator_loss_density | test_eq8_…                   |
+| –  its penalty, in noise          | gradient_penalty           | test_equation[…]             |
+| 9  Eq. 8 in noise predictions     | discriminator_loss         | test_eq9_…                   |
+| –  the condition under it         | gamma_lower_bound          | test_the_condition_…         |
+| 10 without real samples           | discriminator_loss_text    | test_eq10_…                  |
+| –  the minimiser of Eq. 10 (ours) | optimal_eps_phi            | test_minimiser_…, test_lam_… |
+
+Eq. 11, editing, is in editing.py. All of this was checked against the paper's full main text; its
+supplement (the derivation of Eq. 9, Algorithm 1) was not available. Where the paper leaves
+something open, the code says so.
 
 Notation: x_t = α_t x0 + σ_t ε; ε_∅, ε_y, ε_φ are noise predictions at the same x_t without prompt,
-with the prompt y, and of the fake-sample model φ. Shapes: x0, x_t, ε [B, C, H, W], latents; images
-are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t [B, 1, 1, 1]; λ, γ, η floats (in Eqs. 2, 7, 9
-and 10 also tensors, shaped like α_t).
+with the prompt y, and of the fake-sample model φ. x^g are samples of the generator, x^r real ones.
+Shapes: x0, x_t, ε [B, C, H, W], latents; images are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t
+[B, 1, 1, 1]; λ, γ, η floats (in Eqs. 2, 7, 9 and 10 also tensors, shaped like α_t).
 ‖·‖² is a sum over all but the batch dimension, E the mean over the batch.
 
 Everything here needs torch alone, and the equations can be copied out one by one, with the three
@@ -84,23 +91,31 @@ def cfg_noise(eps_uncond, eps_y, lam):
 
 
 def sds_grad(eps_uncond, eps_y, eps, lam, omega=1.0):
-    """Eq. 3, Score Distillation Sampling (DreamFusion): Eq. 7 with the added noise ε as ε_φ."""
+    """Eq. 3, Score Distillation Sampling (DreamFusion): Eq. 7 with the added noise ε as ε_φ.
+
+    At λ = 1 it is the last line of Eq. 1, ω(t)(ε_y − ε): the gradient of the diffusion loss without
+    the network's Jacobian. With guidance it is the gradient of no such loss.
+    """
     # ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε )
     return generator_grad(eps_uncond, eps_y, eps, lam, omega)
 
 
-def classifier_score(eps_uncond, eps_y, sigma_t):
-    """Eq. 5: the diffusion model as a classifier. -> ∇ log p(y | x_t), shaped like ε_y."""
-    # ∇ log p(y|x_t) = ∇ log p(x_t|y) − ∇ log p(x_t) = −(ε_y − ε_∅) / σ_t
-    return -(eps_y - eps_uncond) / _coefficient(sigma_t, eps_y)
+def wgan_objective(real_d, fake_d, grad_norm, tau, p=2):
+    """Eq. 4: what a WGAN's critic maximises, and its generator minimises. -> scalar.
+
+    real_d [N], fake_d [M]: the critic D at real and at fake samples; grad_norm [K]: ‖∇D(x̃)‖ at a
+    mixture of the two; τ ≥ 0.
+    """
+    # E[ D(x^r) ] − E[ D(x^g) ] − τ E[ ‖∇D(x̃)‖^p ]
+    return real_d.mean() - fake_d.mean() - tau * (grad_norm ** p).mean()
 
 
 def log_discriminator(log_p_y, log_p_phi):
-    """Eq. 5: the optimisable discriminator, high where x_t looks like y and not like φ's samples.
+    """Eq. 5: the discriminator, high where x_t looks like y and not like φ, the fake samples.
 
     log_p_y = log p(y | x_t) and log_p_phi = log p(φ | x_t), of any one shape.
     """
-    # D(x_t; y, φ) = log p(y|x_t) − log p(φ|x_t)
+    # D(x_t; y) = log p(y|x_t) − log p(φ|x_t)
     return log_p_y - log_p_phi
 
 
@@ -116,6 +131,12 @@ def generator_bound(log_p_y, log_p_phi, lam):
     return (log_p_phi - lam * log_p_y).mean()
 
 
+def classifier_score(eps_uncond, eps_y, sigma_t):
+    """The Bayes step before Eq. 7: the diffusion model as a classifier. -> ∇ log p(y | x_t)."""
+    # ∇ log p(y|x_t) = ∇ log p(x_t|y) − ∇ log p(x_t) = −(ε_y − ε_∅) / σ_t
+    return -(eps_y - eps_uncond) / _coefficient(sigma_t, eps_y)
+
+
 def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     """Eq. 7: the gradient of Eq. 6's bound with respect to x0, with ω(t) for the factor α_t/σ_t.
 
@@ -128,67 +149,73 @@ def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     return _coefficient(omega, eps_y) * (cfg_noise(eps_uncond, eps_y, lam) - eps_phi)
 
 
-def discriminator_loss_density(fake_log_p_y, fake_log_p_phi, real_log_p_y, real_log_p_phi,
-                               eta=0.5, gamma=-1.0):
-    """Eq. 8: the critic's loss on fake samples x^g and real samples x^r, in densities. -> scalar.
+def discriminator_loss_density(fake_d, real_d, grad_norm2, tau):
+    """Eq. 8: the discriminator's loss from its values; Eq. 4 at p = 2 with the sign of a loss.
 
-    η shares the weight between the two halves, γ is the real half's sign and strength: η = ½ and
-    γ = −1 is the WGAN critic E[D(x^g)] − E[D(x^r)]. Where η and γ stand is as we understand it (the
-    paper's text was not at hand): the form that Eq. 10, its condition and editing all agree with.
+    fake_d [N], real_d [M]: D (Eq. 5) at noised fake and real samples; grad_norm2 [K]: ‖∇D(x̃_t)‖².
     """
-    # L_D = 2η E[ D(x_t^g) ] + 2(1 − η) γ E[ D(x_t^r) ]
-    fake = log_discriminator(fake_log_p_y, fake_log_p_phi).mean()
-    real = log_discriminator(real_log_p_y, real_log_p_phi).mean()
-    return 2 * (eta * fake + (1 - eta) * gamma * real)
+    # L_D = E[ D(x_t^g) ] − E[ D(x_t^r) ] + τ E[ ‖∇D(x̃_t)‖²₂ ]
+    return fake_d.mean() - real_d.mean() + tau * grad_norm2.mean()
+
+
+def gradient_penalty(eps_y, eps_phi, sigma_t):
+    """‖∇D‖² of Eq. 8 in noise predictions, from ∇D = ∇ log p(x_t|y)/p(x_t|φ). -> [B]."""
+    # ∇D = (ε_φ − ε_y) / σ_t   ⇒   ‖∇D‖² = ‖ε_y − ε_φ‖² / σ_t²
+    return _norm2(eps_y - eps_phi) / _per_sample(sigma_t, eps_y) ** 2
 
 
 def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-1.0):
-    """Eq. 9: Eq. 8 with log p(x0|·) as denoising errors, −‖ε_· − ε‖² up to constants. -> scalar.
+    """Eq. 9: Eq. 8 as a loss of φ in noise predictions, up to terms without φ. -> scalar.
 
     eps and the four predictions are [B, C, H, W]; fake_… at the noised fake, real_… at the noised
-    real samples, both with the noise eps. η = ½, γ = −1 is the WGAN critic; η = 0, γ = 1 fits φ to
-    the real samples (editing, the source image). As we understand it: see Eq. 8.
+    real samples, both with the noise eps. The first row is D(x^g) − D(x^r), with −log p(x0|·) as a
+    denoising error (an ELBO step: a difference of two bounds, so itself no bound of Eq. 8); the
+    second is the gradient penalty, at real samples with weight η, at fake ones with weight γ. The
+    paper advises η = ½ and γ ∈ [−1, 0). In ε_{x^r;φ} the curvature is η − 1: for η < 1 the loss is
+    concave there, with its *maximum* at (ε − η ε_y)/(1 − η), and has no minimum, also at the
+    paper's η = ½; what bounds φ is its low rank, its shared weights, the rate and the steps.
     """
-    # 2η (‖ε_{x^g;φ} − ε‖² − ‖ε_{x^g;y} − ε‖²) + 2(1 − η) γ (‖ε_{x^r;φ} − ε‖² − ‖ε_{x^r;y} − ε‖²)
+    # ‖ε_{x^g;φ} − ε‖² − ‖ε_{x^r;φ} − ε‖²  +  η ‖ε_{x^r;y} − ε_{x^r;φ}‖² + γ ‖ε_{x^g;y} − ε_{x^g;φ}‖²
     eta, gamma = _per_sample(eta, eps), _per_sample(gamma, eps)
-    fake = _norm2(fake_phi - eps) - _norm2(fake_y - eps)
-    real = _norm2(real_phi - eps) - _norm2(real_y - eps)
-    return (2 * (eta * fake + (1 - eta) * gamma * real)).mean()
+    critic = _norm2(fake_phi - eps) - _norm2(real_phi - eps)
+    penalty = eta * _norm2(real_y - real_phi) + gamma * _norm2(fake_y - fake_phi)
+    return (critic + penalty).mean()
+
+
+def gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta=0.5):
+    """The condition under Eq. 9: the least γ for which its penalty is not negative. -> 0-d.
+
+    A ratio of means over the batch, as the penalty is one. −inf where φ and y agree on the fake
+    samples: any γ will do. It is no condition of Eq. 10's bound. Raises ValueError for η < 0.
+    """
+    if eta < 0:
+        raise ValueError(f"eta must be at least 0, not {eta}")
+    # γ ≥ −η E‖ε_{x^r;y} − ε_{x^r;φ}‖² / E‖ε_{x^g;y} − ε_{x^g;φ}‖²
+    real, fake = _norm2(real_y - real_phi).mean(), _norm2(fake_y - fake_phi).mean()
+    return torch.where(fake > 0, -eta * real / fake, -math.inf)
 
 
 def discriminator_loss_text(eps, fake_phi, fake_y, gamma=-1.0):
     """Eq. 10: the discriminator's loss when only a prompt is given, no real samples. -> scalar.
 
-    All [B, C, H, W], without classifier-free guidance. γ = 0 is VSD's φ loss; at γ = −1, the
-    released code's default, the loss is *affine* in ε_φ: nothing but the learning rate and the
-    number of steps bounds φ. It bounds Eq. 9 at η = ½, γ = −1 from above, up to terms without φ, as
-    long as its own γ ≥ gamma_lower_bound(…): between the losses, not between their gradients.
+    All [B, C, H, W], without classifier-free guidance. At η = ½, Eq. 9 with the same γ, whatever it
+    is, is at most this plus E‖ε_{x^r;y} − ε‖², which has no φ: between the losses, not between
+    their gradients. γ = 0 is VSD's loss; −1 is the paper's 2D setting, −0.5 its 3D one (the
+    released configurations have −0.75). At γ = −1 the loss is *affine* in ε_φ: nothing but the
+    learning rate and the number of steps bounds φ.
     """
     # ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖²
     gamma = _per_sample(gamma, eps)
     return (_norm2(fake_phi - eps) + gamma * _norm2(fake_y - fake_phi)).mean()
 
 
-def gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta=0.5):
-    """The condition under Eq. 9: the least γ for which Eq. 10 bounds Eq. 9 from above. -> 0-d.
-
-    From ‖a − b‖² ≤ 2‖a‖² + 2‖b‖² with a, b = the errors of φ and of y on real samples. −inf where
-    φ and y agree on the fake samples. Raises ValueError unless 0 < η ≤ 1.
-    """
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta must lie in (0, 1], not {eta}")
-    # γ ≥ −(1 − η)/(2η) · E‖ε_{x^r;φ} − ε_{x^r;y}‖² / E‖ε_{x^g;φ} − ε_{x^g;y}‖²
-    real, fake = _norm2(real_phi - real_y).mean(), _norm2(fake_phi - fake_y).mean()
-    bound = -(1 - eta) / (2 * eta) * real / fake
-    return torch.where(fake > 0, bound, torch.full_like(bound, -math.inf))
-
-
 def optimal_eps_phi(eps, fake_y, gamma):
     """The ε_φ that minimises Eq. 10 for γ > −1. With E[ε | x_t] for eps: the optimal discriminator.
 
-    Eq. 10 is (1 + γ)‖ε_φ‖² plus linear terms: strictly convex for γ > −1, affine at γ = −1, concave
-    below, so ValueError for γ ≤ −1: there is no minimiser. Put into Eq. 7, it gives 1/(1 + γ) times
-    VSD's bracket at guidance λ_eff = 1 + (1 + γ)(λ − 1): γ < 0 turns guidance down alone.
+    Ours, not in the paper. Eq. 10 is (1 + γ)‖ε_φ‖² plus linear terms: strictly convex for γ > −1,
+    affine at γ = −1, concave below, so ValueError for γ ≤ −1: there is no minimiser. Put into
+    Eq. 7, it gives 1/(1 + γ) times VSD's bracket at guidance λ_eff = 1 + (1 + γ)(λ − 1): γ < 0
+    turns guidance down alone.
     """
     if float(gamma.min() if torch.is_tensor(gamma) else gamma) <= -1:
         raise ValueError(f"Eq. 10 has no minimiser for gamma <= -1 (it is not convex): {gamma}")
