@@ -40,7 +40,6 @@ Everything here needs torch alone, and the equations can be copied out one by on
 small helpers above them. The diffusion model is in prior.py, φ in phi.py, the command line in
 runs.py.
 """
-import functools
 import math
 import sys
 import time
@@ -294,7 +293,8 @@ class Method:
     """
     phi: str = "lora"             # noise, lora, embedding, or one of variants.PHIS
     lam: float = 7.5              # λ, guidance of Eq. 7
-    gamma: float = -1.0           # γ of Eq. 10; 0 is VSD
+    gamma: float = -1.0           # γ of Eqs. 9 and 10; 0 is VSD
+    eta: float = 0.5              # η of Eq. 9: where there are real samples
     omega: str = "1"              # ω(t), a name of OMEGAS
     t_min: float = 0.02           # θ's t is uniform in [t_min T, t_max T]; φ's in 0 … T−1
     t_max: float = 0.98
@@ -321,22 +321,28 @@ METHODS = {
 }
 
 
+def generated(x0):
+    """What a Discriminator looks at by default: the generator's samples themselves."""
+    return x0
+
+
 @dataclass
 class Discriminator:
-    """D(x_t; y, φ) of Eq. 5: what it asks, what it sees, how φ learns. Editing subtracts a second.
+    """D(x_t; y) of Eq. 5: what it asks for, what it is shown, and what its φ learns from.
 
-    cond   y [1 or B, L, C].
-    gamma  of Eq. 10; with eta of Eq. 9, where there are real samples.
-    real   x0 of real samples [1 or B, C, H, W], or a function that returns it; None: there are
-           none, Eq. 10.
-    seen   x0 that the generator's gradient judges, likewise; None: the generator's samples.
+    cond        y [1 or B, L, C].
+    gamma, eta  of Eqs. 9 and 10.
+    fake, real  x0 of x^g and x^r in Eq. 9; real None: there are none, Eq. 10.
+    seen        x0 at which the generator's gradient is taken (editing shows D(x_t; z) the source).
+    Each of these three is a tensor [1 or B, C, H, W], or a function of the generator's samples x0.
     """
     phi: nn.Module
     cond: torch.Tensor
     gamma: float = -1.0
     eta: float = 0.5
+    fake: torch.Tensor | Callable = generated
     real: torch.Tensor | Callable | None = None
-    seen: torch.Tensor | Callable | None = None
+    seen: torch.Tensor | Callable = generated
 
 
 class State:
@@ -407,14 +413,16 @@ def in_parts(size, function, *tensors):
     return torch.cat([function(*part) for part in parts])
 
 
-def predict_prior(prior, x_t, t, y, null, lam, micro_batch=None):
-    """(ε_∅, ε_y) in one batched call; where λ = 1 cancels ε_∅ in Eq. 2, ε_y stands for it."""
-    with torch.no_grad():
-        if lam == 1:
-            eps_y = in_parts(micro_batch, prior.eps, x_t, t, y)
-            return eps_y, eps_y
-        both = torch.cat([null.expand_as(y), y])
-        return in_parts(micro_batch, prior.eps, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+def guidance_questions(x_t, t, y, null, lam):
+    """What Eq. 2 asks of the prior: (x_t, t, ∅) and (x_t, t, y); at λ = 1, where ε_∅ cancels, y."""
+    return [(x_t, t, y)] if lam == 1 else [(x_t, t, null.expand_as(y)), (x_t, t, y)]
+
+
+@torch.no_grad()
+def ask(prior, questions, micro_batch=None):
+    """A list of (x_t, t, cond), each [B, …], in one batched call without a graph -> their ε's."""
+    together = (torch.cat(parts) for parts in zip(*questions, strict=True))
+    return in_parts(micro_batch, prior.eps, *together).split([len(t) for _, t, _ in questions])
 
 
 def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None,
@@ -426,39 +434,45 @@ def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
 
 
-def _pictures(given, x0):
-    """What a Discriminator was told to look at: a tensor, a function of no arguments, or x0."""
-    given = given() if callable(given) else given
-    return x0 if given is None else given.expand_as(x0)
+@dataclass
+class Update:
+    """One update of φ: where it looks, x_t^g and x_t^r of one t and ε, and what the prior says."""
+    t: torch.Tensor
+    eps: torch.Tensor
+    camera: torch.Tensor | None
+    fake_t: torch.Tensor
+    real_t: torch.Tensor | None = None    # None: Eq. 10
+    fake_y: torch.Tensor | None = None    # None: γ = 0
+    real_y: torch.Tensor | None = None    # None: η = 0
 
 
-def discriminator_step(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None,
-                       eps_y=None, eps_phi=None):
-    """Step 4 of the loop: one update of d's φ on the detached fake x0 [B, C, H, W]. -> loss_D.
+def discriminator_step(state, method, d, u, null, micro_batch=None, eps_phi=None):
+    """Step 4 of the loop: one Update u of d's φ. -> loss_D.
 
-    noise = (t, ε). eps_y and eps_phi, where the generator's step has computed them at this noise,
-    are used again. Only φ's evaluation has a graph; micro_batch bounds how much lives at once.
+    Only φ has a graph; micro_batch bounds how many samples' live at once. eps_phi: φ at x_t^g, with
+    its graph, where the generator's step has computed it.
     """
-    (t, eps), total = noise, 0.0
-    coefficients, y = prior.alpha_sigma(t), d.cond.expand(len(x0), -1, -1)
-    fake_t = add_noise(x0, eps, *coefficients)
-    real_t = None if d.real is None else add_noise(_pictures(d.real, x0), eps, *coefficients)
-    if eps_y is None and real_t is None and d.gamma != 0:
-        eps_y, _ = predict_prior(prior, fake_t, t, y, null, 1, micro_batch)  # no guidance on ε_y
+    y, total = d.cond.expand(len(u.t), -1, -1), 0.0
     state.opt_phi.zero_grad()
-    for part in torch.arange(len(x0), device=x0.device).split(micro_batch or len(x0)):
-        def phi_at(x_t, part=part):
-            return predict_phi(d.phi, x_t[part], t[part], y[part], null, eps[part],
-                               None if camera is None else camera[part], method.lam_phi)
-        if real_t is None:                                                   # Eq. 10
-            here = phi_at(fake_t) if eps_phi is None else eps_phi
-            target = here.detach() if eps_y is None else eps_y[part]         # γ = 0: not needed
-            loss = discriminator_loss_text(eps[part], here, target, d.gamma)
-        else:                     # Eq. 9 without its terms of y, and any half of weight 0: no φ
-            nil = eps[part]
-            loss = discriminator_loss(nil, phi_at(fake_t) if d.eta else nil, nil,
-                                      phi_at(real_t) if d.eta < 1 else nil, nil, d.eta, d.gamma)
-        loss = loss * len(part) / len(x0)
+    for part in torch.arange(len(y), device=y.device).split(micro_batch or len(y)):
+        eps, t, camera = (None if v is None else v[part] for v in (u.eps, u.t, u.camera))
+        looked_at = [x_t[part] for x_t in (u.fake_t, u.real_t) if x_t is not None]
+        if eps_phi is None:                         # φ once, at x_t^g and x_t^r
+            n = len(looked_at)
+            several = (None if v is None else torch.cat([v] * n) for v in (t, y[part], eps, camera))
+            t, cond, noise, camera = several
+            said = predict_phi(d.phi, torch.cat(looked_at), t, cond, null, noise, camera,
+                               method.lam_phi).chunk(n)
+        else:
+            said = [eps_phi]
+        # a prediction of the prior that has no weight is not asked for: φ's own stands for it
+        of_y = [phi.detach() if v is None else v[part]
+                for phi, v in zip(said, (u.fake_y, u.real_y))]
+        if u.real_t is None:
+            loss = discriminator_loss_text(eps, said[0], of_y[0], d.gamma)                # Eq. 10
+        else:
+            loss = discriminator_loss(eps, said[0], of_y[0], said[1], of_y[1], d.eta, d.gamma)
+        loss = loss * len(part) / len(y)
         check_finite(loss, "discriminator's loss", state.step)
         loss.backward()
         total += loss.item()
@@ -473,18 +487,6 @@ def check_gradients(optimizer, name, step):
     check_finite(torch.nn.utils.get_total_norm(grads), name, step)
 
 
-def update_phi(prior, state, method, d, x0, null, camera, micro_batch, noise=None, eps_y=None,
-               eps_phi=None):
-    """φ's updates of one step of the loop, each at a draw of its own or at `noise`. -> loss_D."""
-    for i in range(method.phi_steps):
-        told, here = camera, noise or draw(state.rng, x0, 0, prior.steps - 1)
-        if camera is not None:                  # one view in ten is learnt without its camera
-            told = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
-        loss = discriminator_step(prior, state, method, d, x0, null, here, told, micro_batch,
-                                  eps_y, eps_phi if i == 0 else None)
-    return loss
-
-
 def check_finite(tensor, name, step):
     """A non-finite value ends the run; hidden as zero, it would end as a black picture."""
     if not torch.isfinite(tensor).all():
@@ -493,41 +495,69 @@ def check_finite(tensor, name, step):
 
 
 def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None):
-    """Step 2 of the loop for one discriminator: the gradient of Eq. 7, and what step 4 is to do.
+    """One step of the loop for the discriminator d: a Python generator, as two may work together.
 
-    x0 [B, C, H, W] detached. -> (gradient like x0, learn), learn() -> loss_D updates d's φ.
+    x0 [B, C, H, W] detached, noise = (t, ε). It yields what it asks of the prior, a list of (x_t,
+    t, cond), and is sent the answers; then it yields the gradient of Eq. 7, like x0; then, φ
+    updated, loss_D.
     """
     t, eps = noise
     alpha_t, sigma_t = prior.alpha_sigma(t)
-    x_t = add_noise(_pictures(d.seen, x0), eps, alpha_t, sigma_t)
-    y, base = d.cond.expand(len(x0), -1, -1), null
+
+    def noised(given, t, eps):
+        given = given(x0) if callable(given) else given
+        return add_noise(given.expand_as(x0), eps, *prior.alpha_sigma(t))
+    x_t, told, base = noised(d.seen, t, eps), d.cond.expand(len(x0), -1, -1), null
+    y = told
     if hasattr(d.phi, "prompts"):            # a φ with words of its own may change what is asked
-        y, base = d.phi.prompts(state.step, y, null)
-    # ε_∅ and ε_y without a graph
-    eps_uncond, eps_y = predict_prior(prior, x_t, t, y, base, method.lam, micro_batch)
-    # φ may learn from the same t and ε: ε_y and ε_φ serve again if it sees the same x_t
+        told, base = d.phi.prompts(state.step, y, null)
+    questions = guidance_questions(x_t, t, told, base, method.lam)
+    # what φ will learn from, at a draw of its own or at this one: then x_t^g may be x_t itself
     trains = any(p.requires_grad for p in d.phi.parameters())
-    again = method.share_noise and d.seen is None and d.real is None
-    learn = functools.partial(
-        update_phi, prior, state, method, d, x0, null, camera, micro_batch,
-        noise if method.share_noise else None, eps_y if again else None) if trains else lambda: 0.0
+    again, updates = method.share_noise and d.fake is d.seen, []
+    for _ in range(method.phi_steps if trains else 0):
+        t_phi, eps_phi = noise if method.share_noise else draw(state.rng, x0, 0, prior.steps - 1)
+        seen_from = camera
+        if camera is not None:               # one view in ten is learnt without its camera
+            seen_from = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
+        u = Update(t_phi, eps_phi, seen_from, x_t if again else noised(d.fake, t_phi, eps_phi))
+        if d.gamma != 0 and not again:
+            questions.append((u.fake_t, t_phi, y))                # no guidance on ε_y
+        if d.real is not None:
+            u.real_t = noised(d.real, t_phi, eps_phi)
+            if d.eta != 0:
+                questions.append((u.real_t, t_phi, y))
+        updates.append(u)
+
+    answers = iter((yield questions))
+    eps_uncond = next(answers)
+    eps_y = eps_uncond if method.lam == 1 else next(answers)
+    for u in updates:
+        if d.gamma != 0:
+            u.fake_y = eps_y if again else next(answers)
+        if u.real_t is not None and d.eta != 0:
+            u.real_y = next(answers)
+
+    def learn(eps_phi=None):
+        losses = [discriminator_step(state, method, d, u, null, micro_batch,
+                                     eps_phi if i == 0 else None) for i, u in enumerate(updates)]
+        return losses[-1] if losses else 0.0
     if method.phi_first:
         loss_D = learn()
-        learn = lambda: loss_D
-    # … and ε_φ: with its graph where the discriminator's step uses it again
+    # ε_φ: with its graph where φ's update uses it again
     whole = micro_batch is None or micro_batch >= len(x0)
-    keep = trains and again and whole and not method.phi_first and camera is None
+    keep = trains and again and whole and d.real is None and camera is None \
+        and not method.phi_first
     with torch.set_grad_enabled(keep):
-        eps_phi = predict_phi(d.phi, x_t, t, y, null, eps, camera, method.lam_phi, micro_batch,
+        eps_phi = predict_phi(d.phi, x_t, t, told, null, eps, camera, method.lam_phi, micro_batch,
                               eps_uncond, eps_y)
-    if keep:
-        learn = functools.partial(learn, eps_phi=eps_phi)
     omega = OMEGAS[method.omega](alpha_t, sigma_t)
-    return generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega), learn
+    yield generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
+    yield loss_D if method.phi_first else learn(eps_phi if keep else None)
 
 
 def distill(prior, generator, cond, method="asd", phi=None, second=None, state=None, seed=0,
-            micro_batch=None, callback=None):
+            micro_batch=None, callback=None, real=None):
     """The loop: optimise the generator's θ until its samples look to the prior like the prompt.
 
     prior       a Prior.
@@ -543,10 +573,13 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     micro_batch samples per UNet call; default: all. Below B, φ's graph is not kept: with shared
                 noise φ is evaluated once more.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
+    real        x0 [N, C, H, W] of real samples, for the image-conditioned case: φ learns by Eq. 9,
+                each time from B of them, drawn anew. Default: there are none, Eq. 10.
 
     Returns the State. UNet evaluations per particle and step: SDS 2; with shared noise 3 + 1
-    backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD 5 + 1. Raises FloatingPointError
-    where a gradient or loss is not finite.
+    backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD 5 + 1; real samples add 1 + 1
+    and, for η ≠ 0, 1. The prior's are one batched call. Raises FloatingPointError where a gradient
+    or loss is not finite.
     """
     method = METHODS[method] if isinstance(method, str) else method
     if state is None:
@@ -569,14 +602,18 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         if method.fixed_noise:
             state.eps = noise[1] if state.eps is None else state.eps.to(x0.device)
             noise = noise[0], state.eps
-        # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one
-        look = functools.partial(judge, prior, state, method, x0=fake, null=null, noise=noise,
-                                 camera=camera, micro_batch=micro_batch)
-        grad, learn = look(Discriminator(state.phi, y, method.gamma))
-        learns = [learn]
-        if state.second is not None:
-            minus, learn = look(state.second)
-            grad, learns = grad - minus, [*learns, learn]
+        # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one. All draws of the
+        # step come first, so that the prior is asked once for what θ and φ need of it
+        first = Discriminator(state.phi, y, method.gamma, method.eta, real=None if real is None else
+                              lambda x0: real[torch.randint(len(real), x0.shape[:1],
+                                                            generator=state.rng)])
+        judges = [judge(prior, state, method, d, fake, null, noise, camera, micro_batch)
+                  for d in ([first] if state.second is None else [first, state.second])]
+        questions = [next(one) for one in judges]
+        answers = iter(ask(prior, sum(questions, []), micro_batch))
+        grad, *minus = (one.send([next(answers) for _ in asked])
+                        for one, asked in zip(judges, questions, strict=True))
+        grad = grad - minus[0] if minus else grad
         # 3. θ: Eq. 7, sent through x0 by the surrogate ⟨stop(grad), x0⟩ / B
         check_finite(grad, "generator's gradient", state.step)
         surrogate = (grad * x0).sum().div(len(x0))
@@ -590,7 +627,7 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
             group["lr"] = rate * (method.lr_end + (1 - method.lr_end) * fall)
         state.opt_theta.step()
         # 4. φ: Eq. 10 (or 9), with its own draw or this one
-        loss_D = sum(learn() for learn in learns)
+        loss_D = sum(next(one) for one in judges)
         state.step += 1
         if callback:
             callback(state, {"loss_G": grad.norm().item(), "loss_D": loss_D,

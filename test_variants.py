@@ -543,10 +543,11 @@ def test_ddim_samples_follow_the_guided_ode(lam):
 def test_errors_and_differences_by_hand():
     """What figures/*.json say after ±, and which row is subtracted from which."""
     assert reproduce.mean_and_error([1.0, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3) / 2))
-    edits = [{"dds": {"m": 1.0}, "asd": {"m": m}, "asd-edit": {"m": 4.0}} for m in (3.0, 5.0)]
+    edits = [dict.fromkeys(reproduce.EDITED_BY, {"m": 4.0}) | {"dds": {"m": 1.0}, "asd": {"m": m}}
+             for m in (3.0, 5.0)]
     table = reproduce.print_edits({"some": edits})["some"]
     assert table["asd minus dds"]["m"] == pytest.approx((3, 1))
-    assert table["asd-edit minus asd"]["m"] == pytest.approx((0, 1))
+    assert table["swapped minus asd"]["m"] == pytest.approx((0, 1))
 
 
 def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -26,7 +26,7 @@ import sys
 import torch
 from torch import nn
 
-from asd import Method, NoisePhi, add_noise, cfg_noise, optimal_eps_phi, predict_prior
+from asd import Method, NoisePhi, add_noise, ask, cfg_noise, guidance_questions, optimal_eps_phi
 
 # the published prompts: NFSD's as in SDS-Bridge's repository, SDS-Bridge's own
 NFSD_NEGATIVE = ("unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
@@ -83,7 +83,8 @@ def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
     t = torch.full((len(y),), prior.steps - 1, device=prior.device)
 
     def eps_of(x, t):
-        return cfg_noise(*predict_prior(prior, x, t, y, null, lam), lam)
+        said = ask(prior, guidance_questions(x, t, y, null, lam))
+        return cfg_noise(said[0], said[-1], lam)
     return ode_end(eps_of, x_T.to(prior.device), t, steps, prior.alpha_sigma)
 
 
