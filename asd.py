@@ -160,7 +160,8 @@ def discriminator_loss_density(fake_d, real_d, grad_norm2, tau):
 def gradient_penalty(eps_y, eps_phi, sigma_t):
     """‖∇D‖² of Eq. 8 in noise predictions, from ∇D = ∇ log p(x_t|y)/p(x_t|φ). -> [B]."""
     # ∇D = (ε_φ − ε_y) / σ_t   ⇒   ‖∇D‖² = ‖ε_y − ε_φ‖² / σ_t²
-    return _norm2(eps_y - eps_phi) / _per_sample(sigma_t, eps_y) ** 2
+    norm2 = _norm2(eps_y - eps_phi)
+    return norm2 / _per_sample(sigma_t, norm2) ** 2
 
 
 def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-1.0):
@@ -169,10 +170,10 @@ def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-
     eps and the four predictions are [B, C, H, W]; fake_… at the noised fake, real_… at the noised
     real samples, both with the noise eps. The first row is D(x^g) − D(x^r), with −log p(x0|·) as a
     denoising error (an ELBO step: a difference of two bounds, so itself no bound of Eq. 8); the
-    second is the gradient penalty, at real samples with weight η, at fake ones with weight γ. The
-    paper advises η = ½ and γ ∈ [−1, 0). In ε_{x^r;φ} the curvature is η − 1: for η < 1 the loss is
-    concave there, with its *maximum* at (ε − η ε_y)/(1 − η), and has no minimum, also at the
-    paper's η = ½; what bounds φ is its low rank, its shared weights, the rate and the steps.
+    second is the penalty, σ_t² gradient_penalty, at real samples with weight η, at fake ones with
+    weight γ. The paper advises η = ½ and γ ∈ [−1, 0). In ε_{x^r;φ} the curvature is η − 1: for
+    η < 1 the loss is concave there, with its *maximum* at (ε − η ε_y)/(1 − η), and has no minimum,
+    also at η = ½; what bounds φ is its low rank, its shared weights, the rate and the steps.
     """
     # ‖ε_{x^g;φ} − ε‖² − ‖ε_{x^r;φ} − ε‖²  +  η ‖ε_{x^r;y} − ε_{x^r;φ}‖² + γ ‖ε_{x^g;y} − ε_{x^g;φ}‖²
     eta, gamma = _per_sample(eta, eps), _per_sample(gamma, eps)
@@ -184,8 +185,9 @@ def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-
 def gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta=0.5):
     """The condition under Eq. 9: the least γ for which its penalty is not negative. -> 0-d.
 
-    A ratio of means over the batch, as the penalty is one. −inf where φ and y agree on the fake
-    samples: any γ will do. It is no condition of Eq. 10's bound. Raises ValueError for η < 0.
+    A ratio of means over the batch (the paper prints no E here), as the penalty is a mean. −inf
+    where φ and y agree on the fake samples: any γ will do. It is no condition of Eq. 10's bound.
+    Raises ValueError for η < 0.
     """
     if eta < 0:
         raise ValueError(f"eta must be at least 0, not {eta}")
@@ -199,7 +201,7 @@ def discriminator_loss_text(eps, fake_phi, fake_y, gamma=-1.0):
 
     All [B, C, H, W], without classifier-free guidance. At η = ½, Eq. 9 with the same γ, whatever it
     is, is at most this plus E‖ε_{x^r;y} − ε‖², which has no φ: between the losses, not between
-    their gradients. γ = 0 is VSD's loss; −1 is the paper's 2D setting, −0.5 its 3D one (the
+    their gradients, where the paper prints the «≤». γ = 0 is VSD's loss; −1 is the paper's 2D setting, −0.5 its 3D one (the
     released configurations have −0.75). At γ = −1 the loss is *affine* in ε_φ: nothing but the
     learning rate and the number of steps bounds φ.
     """
