@@ -175,7 +175,7 @@ def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-
     η < 1 the loss is concave there, with its *maximum* at (ε − η ε_y)/(1 − η), and has no minimum,
     also at η = ½; what bounds φ is its low rank, its shared weights, the rate and the steps.
     """
-    # ‖ε_{x^g;φ} − ε‖² − ‖ε_{x^r;φ} − ε‖²  +  η ‖ε_{x^r;y} − ε_{x^r;φ}‖² + γ ‖ε_{x^g;y} − ε_{x^g;φ}‖²
+    # ‖ε_{x^g;φ} − ε‖² − ‖ε_{x^r;φ} − ε‖² + η ‖ε_{x^r;y} − ε_{x^r;φ}‖² + γ ‖ε_{x^g;y} − ε_{x^g;φ}‖²
     eta, gamma = _per_sample(eta, eps), _per_sample(gamma, eps)
     critic = _norm2(fake_phi - eps) - _norm2(real_phi - eps)
     penalty = eta * _norm2(real_y - real_phi) + gamma * _norm2(fake_y - fake_phi)
@@ -201,9 +201,9 @@ def discriminator_loss_text(eps, fake_phi, fake_y, gamma=-1.0):
 
     All [B, C, H, W], without classifier-free guidance. At η = ½, Eq. 9 with the same γ, whatever it
     is, is at most this plus E‖ε_{x^r;y} − ε‖², which has no φ: between the losses, not between
-    their gradients, where the paper prints the «≤». γ = 0 is VSD's loss; −1 is the paper's 2D setting, −0.5 its 3D one (the
-    released configurations have −0.75). At γ = −1 the loss is *affine* in ε_φ: nothing but the
-    learning rate and the number of steps bounds φ.
+    their gradients, where the paper prints the «≤». γ = 0 is VSD's loss; −1 is the paper's 2D
+    setting, −0.5 its 3D one (the released configurations have −0.75). At γ = −1 the loss is
+    *affine* in ε_φ: nothing but the learning rate and the number of steps bounds φ.
     """
     # ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖²
     gamma = _per_sample(gamma, eps)

@@ -48,11 +48,11 @@ class Edit(asd.Method):
     """A Method and what the second discriminator's φ_z learns from.
 
     The paper (§6): φ_z by Eq. 9 with η = 0 and γ = 1. Who is fake there and who real it does not
-    say. "eq9": the edit is x^g and the source image x^r, as everywhere in §4. "swapped": x^g is what
+    say. "eq9": the edit is x^g and the source image x^r, as §4 has them. "swapped": x^g is what
     D(x_t; z) is shown, the source, and x^r the edit. "source": both are the source, which leaves
-    ‖ε_z − ε_φz‖²: a LoRA, which starts at ε_z, has nothing to learn. "eq10": Eq. 10 with the row's γ
-    on the edit, which §4 allows, too. "none": no second discriminator, plain distillation that
-    starts at the image.
+    ‖ε_z − ε_φz‖², of which a LoRA, as it starts at ε_z, has nothing to learn. "eq10": Eq. 10 with
+    the row's γ on the edit, which §4 allows, too. "none": no second discriminator, plain
+    distillation that starts at the image.
     """
     phi_z: str = "eq9"
 
@@ -163,8 +163,8 @@ def add_flags(add):
         "or transparent; as large as the picture")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
     add("--phi-z", choices=["eq9", "swapped", "source", "eq10", "none"], help="how φ_z learns: by "
-        "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by Eq. 10 "
-        "on the edit; or no second discriminator")
+        "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by "
+        "Eq. 10 on the edit; or no second discriminator")
     translation.add_flags(add)
 
 

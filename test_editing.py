@@ -8,12 +8,10 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -204,9 +202,9 @@ def test_phi_z_learns_by_eq9_as_read(prior, phi_z, fake_is_edit, real, monkeypat
     """Its loss in the loop, by hand: η = 0, γ = 1, of the edit e and the source s at one noise."""
     losses, noises, draw, step = {}, [], asd.draw, asd.discriminator_step
     monkeypatch.setattr(asd, "draw", lambda *args: noises.append(draw(*args)) or noises[-1])
-    monkeypatch.setattr(asd, "discriminator_step", lambda state, method, d, *rest: losses.setdefault(
-        d is state.second, step(state, method, d, *rest)))
-    state, _, s_ = edit(prior, phi_z, apart=0.7, phi_lr=0.0)
+    monkeypatch.setattr(asd, "discriminator_step", lambda state, method, d, *rest:
+                        losses.setdefault(d is state.second, step(state, method, d, *rest)))
+    _, _, s_ = edit(prior, phi_z, apart=0.7, phi_lr=0.0)
     z, (t, eps) = prior.encode_text(["a red apple"]), noises[2]     # θ's, φ_y's, φ_z's
 
     def z_at(x0):                   # at the first step ε_φz is ε_z
