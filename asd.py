@@ -364,7 +364,8 @@ class State:
         theta = groups(method.lr) if groups else generator.parameters()
         self.opt_theta = OPTIMIZERS[method.optimizer](theta, method.lr)
         self.rates = [group["lr"] for group in self.opt_theta.param_groups]
-        self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0) \
+        self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0,
+                                         fused=True) \
             if phi_parameters else None
 
     def parts(self):
@@ -393,9 +394,10 @@ class State:
             with torch.no_grad():
                 tensor.copy_(named[name])
             if f"{name}.step" in named:           # no gradient yet: no state
-                moments = {key: named[f"{name}.{key}"].to(tensor.device, copy=True)
-                           for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[tensor] = moments | {"step": named[f"{name}.step"].clone()}
+                device = tensor.device if optimizer.defaults.get("fused") else "cpu"
+                optimizer.state[tensor] = {"step": named[f"{name}.step"].to(device, copy=True)} | {
+                    key: named[f"{name}.{key}"].to(tensor.device, copy=True)
+                    for key in ("exp_avg", "exp_avg_sq")}
         self.rng.set_state(named["rng"])
         self.step, self.eps = step, named.get("eps")
 
