@@ -1,9 +1,10 @@
 """phi.py — φ, what predicts ε_φ for the fake samples: the noise, a LoRA, or an embedding.
 
 Each is made by its class(prior, prompts, …) and is then a module, phi(x_t, t, cond, eps,
-camera=None, eps_uncond=None, eps_y=None) -> ε_φ like x_t in float32. Its trainable parameters are float32 whatever the prior's dtype, and it saves itself in
-the ecosystem's formats: `pipe.load_lora_weights(folder)` and `pipe.load_textual_inversion(file)`
-take what save() writes. The prior never changes.
+camera=None, eps_uncond=None, eps_y=None) -> ε_φ like x_t in float32. Its trainable parameters are
+float32 whatever the prior's dtype, and it saves itself in the ecosystem's formats:
+`pipe.load_lora_weights(folder)` and `pipe.load_textual_inversion(file)` take what save() writes.
+The prior never changes.
 """
 import copy
 import inspect
@@ -41,8 +42,8 @@ class LoRAPhi(nn.Module):
     checkpointing: less memory, more time.
     """
 
-    def __init__(self, prior, prompts=None, rank=4, cond=None, camera=0, checkpointing=False, seed=0,
-                 targets=("to_q", "to_k", "to_v", "to_out.0")):
+    def __init__(self, prior, prompts=None, rank=4, targets=("to_q", "to_k", "to_v", "to_out.0"),
+                 cond=None, camera=0, checkpointing=False, seed=0):
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding
         from peft import LoraConfig
@@ -128,7 +129,8 @@ class EmbeddingPhi(nn.Module):
         limit = prior.tokenizer.model_max_length - 2
         if not 1 <= tokens <= limit:
             raise ValueError(f"tokens must lie in 1 … {limit}, not {tokens}")
-        words = prior.tokenizer(as_list(prompts)[0]).input_ids[1:-1] or prior.tokenizer("").input_ids[-1:]
+        words = prior.tokenizer(as_list(prompts)[0]).input_ids[1:-1]
+        words = words or prior.tokenizer("").input_ids[-1:]
         words = (words + [words[-1]] * tokens)[:tokens]
         self.embedding = nn.Parameter(table[words].detach().float().clone())
         null = prior.token_ids([""])[0]

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-EMBEDDED = HERE / "tiny" / "sd"                  # what the name "tiny-sd" means
 
 
 class UserError(Exception):
@@ -65,8 +64,9 @@ class Prior:
         """Load a diffusers latent text-to-image pipeline with a UNet2DConditionModel (SD 1.x, 2.x).
 
         path_or_name: a local folder (the network is never touched), "tiny-sd", the embedded model
-        in tiny/sd beside this file, or a hub name. device: default cuda where there is one. dtype: default bfloat16
-        on cuda, float32 on the CPU. safetensors only. Raises UserError where it cannot be had.
+        in tiny/sd beside this file, or a hub name. device: default cuda where there is one. dtype:
+        default bfloat16 on cuda, float32 on the CPU. safetensors only. Raises UserError where it
+        cannot be had.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
@@ -178,10 +178,11 @@ def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
 
 # ------------------------------------------------------------------------------------ loading one
 def _load_pipeline(path_or_name, dtype):
-    """A diffusers pipeline from a local folder, the embedded one beside this file, or the hub."""
-    # "tiny-sd" is the embedded one, whatever lies around here
-    local = EMBEDDED if path_or_name == "tiny-sd" else Path(path_or_name)
-    local = local if local.is_dir() else None
+    """A diffusers pipeline from a local folder, one beside this file, or the hub."""
+    places = [Path(path_or_name), HERE / path_or_name]
+    if path_or_name == "tiny-sd":                    # the embedded one, whatever lies around here
+        places = [HERE / "tiny" / "sd"]
+    local = next((p for p in places if p.is_dir()), None)
     files = [p.name for p in (local or HERE).glob("unet/*.safetensors")]
     half = files and all(".fp16." in name for name in files)            # saved in no other form
     try:

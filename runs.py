@@ -83,6 +83,7 @@ class Command:
     build: Callable               # (settings, prior, method, rng, folder, anew) -> (state, cond);
     #                               `anew`: no checkpoint is read afterwards
     loop: Callable                # (prior, generator, cond, method, state=…, micro_batch, callback)
+    default: str | None = "asd"   # the method that is taken where none is given
     add_flags: Callable = picture_flags     # (add): its own, as argparse's add_argument
     defaults: dict = field(default_factory=lambda: {
         "particles": 1, "init": None, "pixels": False})     # of flags that are not in a row
@@ -118,20 +119,23 @@ def make_parser(command):
     p = Parser(prog=command.name, description=command.about)
     add, some, methods = p.add_argument, number(float), command.methods
     command.add_flags(add)
-    add("--method", metavar="NAME", help=f"one of {', '.join(methods)}" + " (default asd)" *
-        ("asd" in methods))
-    add("--phi", choices=[name for name in command.phis if name not in methods], help="what predicts ε_φ")
+    add("--method", metavar="NAME", help=f"one of {', '.join(methods)} (default "
+        f"{command.default or 'none'})")
+    add("--phi", choices=[name for name in command.phis if name not in methods],
+        help="what predicts ε_φ")
     add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
     add("--lam", type=some, help="λ, guidance (default 7.5)")
     add("--gamma", type=some, help="γ of Eq. 10 (asd: default -1, in 3D -0.5; vsd: 0)")
     add("--steps", type=number(int, 1), help="updates of θ (default 350; editing: 60; 3D: 600)")
     add("--lr", type=number(float, 0, 1e30), help="learning rate for θ (default 0.01; editing: "
         "0.03; 3D: 0.02)")
-    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of --lr (default 1; "
-        "3D: 0.05)")
-    add("--optimizer", choices=list(command.choices["optimizer"]), help="of θ (default adam; editing: sgd)")
+    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of --lr "
+        "(default 1; 3D: 0.05)")
+    add("--optimizer", choices=list(command.choices["optimizer"]),
+        help="of θ (default adam; editing: sgd)")
     add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's for φ (default 1e-3)")
-    add("--omega", choices=list(command.choices["omega"]), help="ω(t) (default 1; editing, 3D: sigma2)")
+    add("--omega", choices=list(command.choices["omega"]),
+        help="ω(t) (default 1; editing, 3D: sigma2)")
     add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
     add("--t-max", type=number(float, 0, 1), help="largest t for θ (default 0.98)")
     add("--t-max-late", type=number(float, 0, 1), help="the same after --t-late of the steps "
@@ -167,9 +171,9 @@ def read_settings(given, command):
     resume, out = given.pop("resume", None), given.pop("out", None)
     if resume is not None:
         return resumed_settings(given, out, Path(resume), command), Path(resume), True
-    methods, name = command.methods, given.get("method", "asd")
+    methods, name = command.methods, given.get("method", command.default)
     if name not in methods:
-        wrong = f"unknown method {name!r}: choose" if "method" in given else "give a --method,"
+        wrong = f"unknown method {name!r}: choose" if name else "give a --method,"
         raise UserError(f"{wrong} one of {', '.join(methods)}")
     settings = DEFAULTS | dict.fromkeys(command.options) | command.defaults \
         | asdict(methods[name]) | {"method": name, "phi": command.phi_name(methods[name])} | given
