@@ -487,8 +487,9 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
 
     Means over the solids ± standard errors over the seeds, and ASD's differences, seed by seed;
     beside the numbers a picture of the first seed. The runs lie in outputs/solids/: those that are
-    there already are not made again, one that was stopped goes on. part "1/2" and "2/2" in two processes, of one thread each: a half each; whichever ends last prints. only: of
-    "asd/a red mug", …, those that it is a part of.
+    there already are not made again, one that was stopped goes on. part "1/2" and "2/2" in two
+    processes, of one thread each: a half each; whichever ends last prints. only: of "asd/a red
+    mug", …, those that it is a part of.
     """
     prior, rows = asd.Prior.from_pretrained("tiny-sd"), text_to_3d.methods()
     rows = {name: replace(rows[name], steps=steps or rows[name].steps) for name in asd.METHODS}
