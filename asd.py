@@ -51,10 +51,10 @@ import torch
 from torch import nn
 
 try:
-    from phi import NoisePhi, make_phi  # noqa: F401
+    from phi import EmbeddingPhi, LoRAPhi, NoisePhi, make_phi
     from prior import Prior, UserError  # noqa: F401
 except ImportError:                # this file was copied out alone: bring a prior and a φ
-    pass
+    EmbeddingPhi = LoRAPhi = NoisePhi = None
 
 
 # ------------------------------------------------------------------------ the paper's equations
@@ -293,7 +293,7 @@ class Method:
     and by t < T/2 in the second half (the peers anneal t, too), and θ's rate stays. In 3D, where
     there is no such noise, a rate that falls keeps smears and dust out.
     """
-    phi: str = "lora"             # noise, lora, embedding, or one of variants.PHIS
+    phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7
     gamma: float = -1.0           # γ of Eqs. 9 and 10; 0 is VSD
     eta: float = 0.5              # η of Eq. 9: where there are real samples
@@ -317,7 +317,7 @@ class Method:
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 METHODS = {
-    "sds": Method(phi="noise"),
+    "sds": Method(phi=NoisePhi),
     "vsd": Method(gamma=0.0),
     "asd": Method(gamma=-1.0),
 }
@@ -587,8 +587,7 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     """
     method = METHODS[method] if isinstance(method, str) else method
     if state is None:
-        phi = phi or make_phi(method.phi, prior, seed=seed, lam=method.lam, gamma=method.gamma,
-                              steps=method.steps)
+        phi = phi or make_phi(method, prior, seed=seed)
         state = State(generator, phi, method, torch.Generator().manual_seed(seed), second)
     if state.generator is not generator:
         raise ValueError("the state belongs to another generator")
@@ -640,10 +639,29 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
 
 
 # ----------------------------------------------------------------------------------- command line
-def main(argv=None):
-    """`python asd.py --prompt …`: flags, folders, pictures and checkpoints are in runs.py."""
+PHIS = {"noise": NoisePhi, "lora": LoRAPhi, "embedding": EmbeddingPhi}         # as --phi names them
+CHOICES = {"omega": OMEGAS, "optimizer": OPTIMIZERS}
+
+
+def build(settings, prior, method, rng, folder, anew):
+    """A picture for every prompt and particle, from noise or --init, and φ. -> (State, y)"""
     import runs
-    return runs.main(argv)
+    y = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
+    init = None
+    if settings["init"] and anew:
+        init = runs.read_image(settings["init"], prior.image_size)
+    theta = (Pixels if settings["pixels"] else Latents)(prior, len(y), rng, init)
+    phi = method.phi(prior, settings["prompt"], **runs.told(settings, method.phi))
+    return State(theta, phi, method, rng), y
+
+
+def main(argv=None):
+    """`python asd.py --prompt …`: runs.py does the rest."""
+    import runs
+    return runs.main(runs.Command(
+        "asd.py", "Optimise pictures until they look, to a frozen text-to-image diffusion model, "
+        "like the prompt (Adversarial Score Distillation).", METHODS, PHIS, CHOICES, build,
+        distill), argv)
 
 
 if __name__ == "__main__":

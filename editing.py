@@ -21,7 +21,6 @@ F(x_t; y, z) = D(x_t; y) − D(x_t; z). The generator's gradient is Eq. 7 twice:
 paper's §6, D(x_t; z) is shown the source image. The loop is asd.distill, which subtracts `second`.
 Notation as in asd.py; z is the source prompt, images are RGB [B, 3, H, W] in [0, 1].
 """
-import functools
 import sys
 from dataclasses import asdict, dataclass, replace
 
@@ -64,8 +63,8 @@ SETTING = {"optimizer": "sgd", "lr": 0.03, "steps": 60, "omega": "sigma2", "t_la
 METHODS = {
     "asd": Edit(**SETTING),
     # Delta Denoising Score: t in 50 … 948 of 1000; ω = 1, lr smaller by the mean of σ², 0.63
-    "dds": Edit(**SETTING | {"lr": 0.02, "omega": "1"}, phi="noise", t_min=0.05, t_max=0.948),
-    "sds": Edit(**SETTING, phi="noise", phi_z="none"),
+    "dds": Edit(**SETTING | {"lr": 0.02, "omega": "1"}, phi=asd.NoisePhi, t_min=0.05, t_max=0.948),
+    "sds": Edit(**SETTING, phi=asd.NoisePhi, phi_z="none"),
 }
 # of --network: weights, no picture; late t, as for pictures made from noise, washes blotches out
 NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_late": 0.5}
@@ -73,7 +72,7 @@ NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_
 
 def methods(network=False):
     """The rows above, then those of asd.py and variants.py: φ_y and φ_z are both of their kind."""
-    from runs import all_methods
+    from variants import all_methods
     rows = {name: Edit(**asdict(row) | SETTING) for name, row in all_methods().items()} | METHODS
     return {name: replace(row, **NETWORK) for name, row in rows.items()} if network else rows
 
@@ -140,9 +139,7 @@ def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callb
         method = replace(method, lr=method.lr * len(images))
     rng = torch.Generator().manual_seed(seed)
     generator = Edited(prior, images, mask)
-    phi, phi_z = (asd.make_phi(method.phi, prior, prompts, seed=seed, lam=method.lam,
-                           gamma=method.gamma, steps=method.steps)
-                  for prompts in (targets, sources))
+    phi, phi_z = (asd.make_phi(method, prior, prompts, seed) for prompts in (targets, sources))
     second = second_discriminator(method, phi_z, prior.encode_text(sources), generator.source)
     state = asd.State(generator, phi, method, rng, second)
     asd.distill(prior, generator, prior.encode_text(targets), state=state, method=method,
@@ -156,6 +153,7 @@ DEFAULTS = {"image": None, "source": None, "target": None, "pixels": False, "mas
 
 def add_flags(add):
     import translation
+    import variants
     add("--image", metavar="PNG", help="the picture to edit; with --network a folder of them")
     add("--source", metavar="TEXT", help="z: what the picture is")
     add("--target", metavar="TEXT", help="y: what it should become")
@@ -166,6 +164,7 @@ def add_flags(add):
         "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by "
         "Eq. 10 on the edit; or no second discriminator")
     translation.add_flags(add)
+    variants.add_options(add)
 
 
 def check(settings):
@@ -195,12 +194,12 @@ def read_pictures(settings, size):
 
 
 def build(settings, prior, method, rng, folder, anew):
-    """The generator that starts at the source, the target's cond, φ_y and the second D."""
+    """The generator that starts at the source, φ_y and the second D. -> (State, y)"""
     import translation
-    from runs import phi_of
+    from runs import told
     texts = translation.prompts(settings)        # of the target, of the source; several: --things
     y, z = (prior.encode_text(each) for each in texts)
-    phi, phi_z = (phi_of(settings, prior, method, each) for each in texts)
+    phi, phi_z = (method.phi(prior, each, **told(settings, method.phi)) for each in texts)
     if settings["network"]:
         sources = translation.source_latents(settings, prior, folder)
         generator = translation.Translator(prior, sources, y, z, settings["batch"], rng,
@@ -210,17 +209,18 @@ def build(settings, prior, method, rng, folder, anew):
         size = prior.image_size
         image, mask = read_pictures(settings, size) if anew else (torch.zeros(1, 3, *size), None)
         generator = Edited(prior, image, mask, settings["pixels"], rng)
-    return generator, y, phi, second_discriminator(method, phi_z, z, lambda x0: generator.source)
+    second = second_discriminator(method, phi_z, z, lambda x0: generator.source)
+    return asd.State(generator, phi, method, rng, second), y
 
 
 def measure(settings, prior, state, images):
-    """How far from the source picture, how close to both prompts (tiny-clip, if it is there)."""
-    import runs
+    """How far from the source picture, how close to both prompts (tiny/clip, if it is there)."""
     import translation
+    from tiny.judge import distances
     targets, sources = translation.prompts(settings)
-    each = [runs.distances(before, after, sources[i % len(sources)], targets[i % len(targets)])
-            for i, (before, after) in enumerate(zip(state.generator.shown().split(1),
-                                                    images.split(1)))]
+    pairs = zip(state.generator.shown().split(1), images.split(1))
+    each = [distances(before, after, sources[i % len(sources)], targets[i % len(targets)])
+            for i, (before, after) in enumerate(pairs)]
     return {name: sum(row[name] for row in each) / len(each) for name in each[0]}
 
 
@@ -240,15 +240,16 @@ def main(argv=None):
     """`python editing.py …`: the folder, the film and the checkpoints are those of runs.py."""
     import runs
     import translation
+    import variants
     given = sys.argv[1:] if argv is None else argv
     if any(flag.startswith("--apply") for flag in given):
         return translation.main(given)
-    rows = functools.partial(methods, any(flag.startswith("--net") for flag in given))
-    return runs.main(given, runs.Program(
-        name="editing.py", about="Make a picture of --source one of --target (ASD's Eq. 11).",
-        methods=rows, add_flags=add_flags, defaults=DEFAULTS | translation.DEFAULTS, check=check,
-        prompts=lambda settings: sum(translation.prompts(settings), []), build=build,
-        finish=finish, measure=measure, row=Edit))
+    return runs.main(runs.Command(
+        "editing.py", "Make a picture of --source one of --target (ASD's Eq. 11).",
+        methods(any(flag.startswith("--net") for flag in given)), variants.ALL_PHIS, asd.CHOICES,
+        build, asd.distill, add_flags=add_flags, defaults=DEFAULTS | translation.DEFAULTS,
+        options=variants.OPTIONS, prompts=lambda settings: sum(translation.prompts(settings), []),
+        check=check, finish=finish, measure=measure), given)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     from nerf import NeRF, render                  # this file and torch are enough
     picture = render(NeRF(), origins, directions)  # .rgb [..., 3], .opacity [...], .depth [...]
 
-    python nerf.py --prompt "a red mug"            # text-to-3D by the loop of asd.py
-    python nerf.py --fit "red mug"                 # fits posed pictures of a built-in solid …
-    python nerf.py --fit nerf_synthetic/lego       # … or of a folder with transforms.json
+    python nerf.py "red mug"                       # fits posed pictures of a built-in solid …
+    python nerf.py nerf_synthetic/lego             # … or of a folder with transforms.json
 
 | what                                                    | function    | in test_nerf.py  |
 |---------------------------------------------------------|-------------|------------------|
@@ -14,8 +13,9 @@
 | what skipping empty space may change                    | render      | test_skipping_…  |
 | least squares over rays of posed pictures               | fit         | test_fit_…       |
 
-nerf_kernels.py has the first two as Triton kernels, for CUDA; scene.py has the commands above, the
-generator of text-to-3D and the mesh, the turntable, the viewer. Neither is needed here.
+nerf_kernels.py has the first two as Triton kernels, for CUDA. Neither that nor what the command
+needs besides (runs.py, export.py, tiny/solids.py) is needed to use this file. text_to_3d.py makes a
+NeRF from a prompt.
 
 World: z is up, the object's front faces +x, the scene fills the box [−box, box]³. Cameras are
 OpenGL's (x right, y up, looking down −z), as in a NeRF transforms.json. N points, R rays, S samples
@@ -27,8 +27,10 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -261,7 +263,31 @@ class NeRF(nn.Module):
         return nerf.to(device)
 
 
-# ---------------------------------------------------------------------------------- the renderer
+# --------------------------------------------------------------------------- cameras, the renderer
+def camera_to_world(elevation_deg, azimuth_deg, distance):
+    """Matrices [B, 4, 4] of cameras that look at the origin; inputs are floats or [B].
+
+    The position is distance · (cos θ cos φ, cos θ sin φ, sin θ): azimuth φ = 0 looks at the front,
+    90° has the object's front to the left, elevation θ = 90° looks straight down.
+    """
+    pose = (elevation_deg, azimuth_deg, distance)
+    like = next((v for v in pose if torch.is_tensor(v) and v.is_floating_point()), torch.ones(1))
+    theta, phi, r = torch.broadcast_tensors(
+        *(torch.as_tensor(v).to(like).reshape(-1) for v in pose))
+    theta, phi = torch.deg2rad(theta), torch.deg2rad(torch.remainder(phi, 360))
+    zero, one = torch.zeros_like(r), torch.ones_like(r)
+    back = torch.stack([theta.cos() * phi.cos(), theta.cos() * phi.sin(), theta.sin(), zero], -1)
+    right = torch.stack([-phi.sin(), phi.cos(), zero, zero], -1)
+    up = torch.stack([-theta.sin() * phi.cos(), -theta.sin() * phi.sin(), theta.cos(), zero], -1)
+    position = back * r[:, None] + torch.stack([zero, zero, zero, one], -1)
+    return torch.stack([right, up, back, position], -1)
+
+
+def orbit(views, elevation=20.0, distance=2.9):
+    """Cameras [views, 4, 4] around the object, the first one at its front."""
+    return camera_to_world(elevation, torch.arange(views) * (360 / views), distance)
+
+
 class Picture(NamedTuple):
     """Of rays of any shape [...]."""
     rgb: torch.Tensor             # [..., 3], over the background
@@ -435,16 +461,137 @@ def look(nerf, posed, samples=64, background=1.0):
     return render(nerf, posed.origins.to(device), posed.directions.to(device), samples, background)
 
 
+# ---------------------------------------------------------------------------- solids to learn from
+def solid_pictures(kind, color, c2w, fovy=40.0, size=64):
+    """Posed pictures of a solid of tiny/solids.py from cameras [M, 4, 4]."""
+    from tiny import solids
+    truth = solids.render([kind] * len(c2w), [color] * len(c2w), lambda n: rays(c2w, fovy, n), size)
+    opacity = truth.opacity[:, 0]
+    color = truth.rgb.permute(0, 2, 3, 1) - (1 - opacity)[..., None]     # they stand on white
+    return Posed(*rays(c2w, fovy, size), color, opacity)
+
+
+def builtin_scene(kind, color, views=40, held_out=8, size=64, seed=0):
+    """-> (pictures to learn, pictures held out), from random sides."""
+    rng = torch.Generator().manual_seed(seed)
+    elevation, azimuth = torch.rand(2, views + held_out, generator=rng)
+    c2w = camera_to_world(90 * elevation - 20, 360 * azimuth, 2.7)
+    posed = solid_pictures(kind, color, c2w, size=size)
+    return tuple(Posed(*(v[part] for v in posed)) for part in (slice(views), slice(views, None)))
+
+
 # ----------------------------------------------------------------------------------- command line
+def write_all(folder, nerf, threshold, size=64, views=8, frames=36, cells=96):
+    """nerf.safetensors, views.png, turntable.gif, mesh.glb, viewer.html; -> the last one written.
+
+    A density without a surface costs the mesh, not the run: one line says so.
+    """
+    import export
+    nerf.save(folder / "nerf.safetensors")
+    device = nerf.table.device
+
+    def density(x):                              # only where there may be something
+        sigma = torch.zeros(len(x), device=device)
+        for part in nerf.occupancy(x).nonzero().squeeze(1).split(1 << 16):
+            sigma[part] = nerf.geometry(x[part])[0]
+        return sigma
+    with torch.no_grad():
+        o, d = (v.to(device) for v in rays(orbit(views), 40.0, size))
+        export.write_views(folder / "views.png", o, d, render(nerf, o, d, 64), 2.9, nerf.box)
+        film = (rays(c2w.to(device), 40.0, 2 * size) for c2w in orbit(frames).split(1))
+        export.write_turntable(folder / "turntable.gif",
+                               [render(nerf, *of, 64).rgb[0] for of in film])
+        try:
+            export.write_mesh(folder, export.extract_mesh(
+                density, lambda x: nerf(x, -nerf.normal(x))[1], nerf.box, threshold, cells, device))
+        except (ValueError, ImportError) as error:
+            print(f"no mesh: {error}", file=sys.stderr)
+            return folder / "turntable.gif"
+    return folder / "viewer.html"
+
+
+def make_parser():
+    import runs
+    p = runs.Parser(prog="nerf.py", description="Fit a NeRF to posed pictures.")
+    add, count = p.add_argument, runs.number(int, 1)
+    add("scene", metavar="DIR_OR_SOLID",
+        help='a folder with transforms.json, or a solid such as "red mug"')
+    add("--pictures", type=count, default=40, help="of a built-in solid (default 40)")
+    add("--size", type=runs.number(int, 8), default=64, help="pixels (default 64)")
+    add("--steps", type=count, default=600)
+    add("--batch", type=count, default=1024, help="rays per step (default 1024)")
+    add("--samples", type=runs.number(int, 2), default=64, help="along each ray (default 64)")
+    add("--lr", type=runs.number(float, 0, 1e30), default=2e-2)
+    add("--box", type=runs.number(float, 1e-3), help="half the side of the scene (1; folders 1.5)")
+    add("--background", choices=["white", "random"], default="random", help="default random")
+    add("--view", action="store_true", help="colours depend on the direction")
+    add("--threshold", type=runs.number(float, 0, 1e30), default=10.0,
+        help="density of the mesh's surface (default 10)")
+    add("--kernels", choices=["auto", "torch", "triton"], default="auto")
+    add("--device", default="auto", help="default auto: cuda where there is one")
+    add("--seed", type=runs.number(int, 0, 2 ** 63 - 1), default=0)
+    add("--out", metavar="DIR", help="default outputs/fit-<name>")
+    return p
+
+
+def run(args):
+    """Fit, print the PSNR on held-out views; truth.png, and all that write_all writes."""
+    from tqdm import trange
+
+    import export
+    import runs
+    from tiny import solids
+    folder = Path(args.scene)
+    nerf = NeRF(args.box or (1.5 if folder.is_dir() else 1.0), density="exp", blob=5.0,
+                blob_radius=0.6, view=args.view, kernels=args.kernels, seed=args.seed)
+    nerf.to(runs.usable(args.device))
+    use_triton(args.kernels, nerf.table)
+    if folder.is_dir():
+        learnt, held_out = posed_folder(folder, args.size)
+    elif solids.find_solid(args.scene):
+        learnt, held_out = builtin_scene(*solids.find_solid(args.scene), args.pictures,
+                                         size=args.size, seed=args.seed)
+    else:
+        raise ValueError(f"{args.scene!r} is neither a folder nor a solid, such as "
+                         f'"red mug": {", ".join(solids.COLORS)}; {", ".join(solids.KINDS)}')
+    name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "scene"
+    out = Path(args.out or Path("outputs") / f"fit-{name}")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a run of text-to-3D: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    white, began = None if args.background == "random" else (1.0, 1.0, 1.0), time.perf_counter()
+    with trange(args.steps, desc="fit") as bar:
+        def show(step, loss):
+            bar.update()
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{loss:.5f}", PSNR=f"{-10 * math.log10(loss + 1e-10):.1f}")
+        fit(nerf, learnt, args.steps, args.batch, args.samples, args.lr, white,
+            torch.Generator().manual_seed(args.seed), show)
+    seconds, truth = time.perf_counter() - began, held_out.over(1.0)
+    seen = look(nerf, held_out, args.samples).rgb.cpu()
+    print(f"PSNR on {len(truth)} held-out views: {psnr(seen, truth):.2f} dB; {seconds:.0f} s")
+    export.write_rows(out / "truth.png", [truth[:8], seen[:8]])            # above, below
+    print(write_all(out, nerf, args.threshold))
+
+
 def main(argv=None):
-    """`python nerf.py --prompt …` and `--fit …`: they are in scene.py."""
+    """`python nerf.py DIR`, `python nerf.py "red mug"`. -> exit status."""
     try:
-        import scene
+        import runs
     except ModuleNotFoundError as error:
-        print(f"nerf.py: the command line needs {error.name}: copy scene.py, asd.py and what they "
-              "import, and pip install -r requirements.txt", file=sys.stderr)
+        print(f"nerf.py: the command line needs {error.name}: copy runs.py, prior.py, export.py "
+              "and tiny/, and pip install -r requirements.txt", file=sys.stderr)
         return 2
-    return scene.main(argv)
+    try:
+        run(make_parser().parse_args(argv))
+    except (runs.UserError, ValueError, OSError, RuntimeError, FloatingPointError) as mistake:
+        message, *_ = (str(mistake) or type(mistake).__name__).splitlines()
+        print(f"nerf.py: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nnerf.py: stopped", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """phi.py — φ, what predicts ε_φ for the fake samples: the noise, a LoRA, or an embedding.
 
-Each φ is a module, phi(x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None) -> ε_φ like x_t
-in float32. Its trainable parameters are float32 whatever the prior's dtype, and it saves itself in
-the ecosystem's formats: `pipe.load_lora_weights(folder)` and `pipe.load_textual_inversion(file)`
-take what save() writes. The prior never changes.
+Each is made by its class(prior, prompts, …) and is then a module, phi(x_t, t, cond, eps,
+camera=None, eps_uncond=None, eps_y=None) -> ε_φ like x_t in float32. Its trainable parameters are
+float32 whatever the prior's dtype, and it saves itself in the ecosystem's formats:
+`pipe.load_lora_weights(folder)` and `pipe.load_textual_inversion(file)` take what save() writes.
+The prior never changes.
 """
 import copy
+import inspect
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from torch import nn
 
 class NoisePhi(nn.Module):
     """SDS: ε_φ = ε, the added noise itself. Nothing to train, no network to evaluate."""
+
+    def __init__(self, prior=None, prompts=None):
+        super().__init__()
 
     def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         return eps
@@ -37,8 +42,8 @@ class LoRAPhi(nn.Module):
     checkpointing: less memory, more time.
     """
 
-    def __init__(self, prior, rank=4, targets=("to_q", "to_k", "to_v", "to_out.0"), cond=None,
-                 camera=0, checkpointing=False, seed=0):
+    def __init__(self, prior, prompts=None, rank=4, targets=("to_q", "to_k", "to_v", "to_out.0"),
+                 cond=None, camera=0, checkpointing=False, seed=0):
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding
         from peft import LoraConfig
@@ -110,18 +115,22 @@ class EmbeddingPhi(nn.Module):
     """Textual inversion: ε_φ = ε(x_t; φ, t) of the frozen prior, told `tokens` learnable words.
 
     embedding [tokens, width] float32 is its own parameter, spliced into the token sequence: the
-    text encoder's table is never a leaf. It starts at the word embeddings of `text` (cut, or filled
-    up with the last one). checkpointing: less memory, more time. ValueError for too many tokens.
+    text encoder's table is never a leaf. It starts at the word embeddings of the first prompt (cut,
+    or filled up with the last one). checkpointing: less memory, more time. ValueError for too many
+    tokens, and where there is no prompt.
     """
 
-    def __init__(self, prior, text, tokens=4, checkpointing=False):
+    def __init__(self, prior, prompts, tokens=4, checkpointing=False):
         super().__init__()
+        if prompts is None:
+            raise ValueError("an embedding φ starts at its prompt: EmbeddingPhi(prior, prompt)")
         self.prior = prior
         table = prior.text_encoder.get_input_embeddings().weight
         limit = prior.tokenizer.model_max_length - 2
         if not 1 <= tokens <= limit:
             raise ValueError(f"tokens must lie in 1 … {limit}, not {tokens}")
-        words = prior.tokenizer(text).input_ids[1:-1] or prior.tokenizer("").input_ids[-1:]
+        words = prior.tokenizer(as_list(prompts)[0]).input_ids[1:-1]
+        words = words or prior.tokenizer("").input_ids[-1:]
         words = (words + [words[-1]] * tokens)[:tokens]
         self.embedding = nn.Parameter(table[words].detach().float().clone())
         null = prior.token_ids([""])[0]
@@ -166,28 +175,17 @@ def seeded(seed):
         yield
 
 
-def make_phi(kind, prior, prompt=None, rank=4, tokens=4, checkpointing=False, seed=0, **words):
-    """kind: "noise", "lora", "embedding", or one of variants.PHIS -> φ.
+def make_phi(method, prior, prompts=None, seed=0, **options):
+    """method.phi(prior, prompts, …), told what it takes of the run: the seed, λ, γ, the steps.
 
-    prompt: one, or a list of all that the run can ask; an embedding starts at the first one, for
-    all of them. words: what the φ of variants.py are told (lam, gamma, steps, negative, …).
-    ValueError for another kind, and for one that needs the prompt where there is none.
+    method: with the attributes phi, lam, gamma and steps. prompts: one, or a list of all that the
+    run can ask; None where φ needs none. options: the φ's own; TypeError for one that it lacks.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    if kind == "embedding" and not prompts:
-        raise ValueError(f"phi {kind!r} is made for a prompt: make_phi({kind!r}, prior, prompt)")
-    if kind == "noise":
-        return NoisePhi()
-    if kind in ("lora", "embedding"):
-        return EmbeddingPhi(prior, prompts[0], tokens, checkpointing) if kind == "embedding" else \
-            LoRAPhi(prior, rank, checkpointing=checkpointing, seed=seed)
-    try:
-        import variants
-    except ImportError:                       # this file may have been copied without it
-        known = {}
-    else:
-        known = variants.PHIS
-    if kind not in known:
-        raise ValueError(f"unknown phi {kind!r}: choose noise, lora or embedding"
-                         + "".join(f", {name}" for name in known))
-    return variants.make_phi(kind, prior, prompts, **words)
+    run = {"seed": seed, "lam": method.lam, "gamma": method.gamma, "steps": method.steps}
+    takes = inspect.signature(method.phi).parameters
+    return method.phi(prior, prompts, **{key: run[key] for key in run.keys() & takes} | options)
+
+
+def as_list(prompts):
+    """A prompt, a list of them, or None -> a list."""
+    return [prompts] if isinstance(prompts, str) else list(prompts or [])

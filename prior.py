@@ -63,9 +63,10 @@ class Prior:
     def from_pretrained(cls, path_or_name="tiny-sd", device=None, dtype=None):
         """Load a diffusers latent text-to-image pipeline with a UNet2DConditionModel (SD 1.x, 2.x).
 
-        path_or_name: a local folder (the network is never touched), the embedded "tiny-sd" beside
-        this file, or a hub name. device: default cuda where there is one. dtype: default bfloat16
-        on cuda, float32 on the CPU. safetensors only. Raises UserError where it cannot be had.
+        path_or_name: a local folder (the network is never touched), "tiny-sd", the embedded model
+        in tiny/sd beside this file, or a hub name. device: default cuda where there is one. dtype:
+        default bfloat16 on cuda, float32 on the CPU. safetensors only. Raises UserError where it
+        cannot be had.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
@@ -137,11 +138,50 @@ class Prior:
         return to_eps(output, x_t, *self.alpha_sigma(t), self.prediction_type)
 
 
+# -------------------------------------------------------------------------- sampling from the prior
+def one_step_x0(x_t, eps, alpha_t, sigma_t):
+    """The denoised estimate that a noise prediction implies; with the added noise, x0 itself."""
+    # x̂0 = (x_t − σ ε) / α
+    return (x_t - sigma_t * eps) / alpha_t
+
+
+def ode_end(eps_of, x_t, t, steps, alpha_sigma, eps=None):
+    """Where the probability-flow ODE arrives from x_t at time t [B], by `steps` DDIM steps -> x0.
+
+    eps_of(x, t) -> ε; alpha_sigma(t) -> (α_t, σ_t); eps: ε at x_t, where it is known already. One
+    step is one_step_x0. Source: DDIM, arXiv 2010.02502, Eq. 12 with η = 0.
+    """
+    for k in range(steps, 0, -1):
+        now = t * k // steps
+        eps = eps_of(x_t, now) if eps is None else eps
+        x0 = one_step_x0(x_t, eps, *alpha_sigma(now))
+        # x_{t'} = α_{t'} x̂0 + σ_{t'} ε;  the last step goes to α = 1, σ = 0
+        alpha_t, sigma_t = alpha_sigma(t * (k - 1) // steps)
+        x_t, eps = alpha_t * x0 + sigma_t * eps, None
+    return x0
+
+
+@torch.no_grad()
+def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
+    """Text-to-image by the deterministic DDIM sampler from noise x_T [B, C, H, W] -> x0."""
+    y, null = prior.encode_text(prompts), prior.encode_text([""])
+    t = torch.full((len(y),), prior.steps - 1, device=prior.device)
+
+    def eps_of(x, t):
+        if lam == 1:
+            return prior.eps(x, t, y)
+        both = prior.eps(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([null.expand_as(y), y]))
+        eps_uncond, eps_y = both.chunk(2)
+        return eps_uncond + lam * (eps_y - eps_uncond)                   # Eq. 2
+    return ode_end(eps_of, x_T.to(prior.device), t, steps, prior.alpha_sigma)
+
+
+# ------------------------------------------------------------------------------------ loading one
 def _load_pipeline(path_or_name, dtype):
-    """A diffusers pipeline from a local folder, the folder beside this file, or the hub."""
+    """A diffusers pipeline from a local folder, one beside this file, or the hub."""
     places = [Path(path_or_name), HERE / path_or_name]
     if path_or_name == "tiny-sd":                    # the embedded one, whatever lies around here
-        places.reverse()
+        places = [HERE / "tiny" / "sd"]
     local = next((p for p in places if p.is_dir()), None)
     files = [p.name for p in (local or HERE).glob("unet/*.safetensors")]
     half = files and all(".fp16." in name for name in files)            # saved in no other form

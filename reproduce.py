@@ -21,20 +21,20 @@ from pathlib import Path
 import torch
 
 import asd
+import editing
+import text_to_3d
+import translation
 from conftest import GaussianMixture, particle_eps, randn
-from prior import HERE
-from runs import (
-    all_methods,
-    clip_score,
-    distances,
-    moved_into,
-    number,
-    picture_measures,
-    read_image,
-    write_grid,
-    write_text,
-)
-from variants import ddim_samples
+from export import save_png, sheet
+from nerf import NeRF, orbit, rays, render, solid_pictures
+from prior import HERE, ddim_samples
+from runs import number, picture_measures, read_image, write_grid, write_text
+from tiny import corrective
+from tiny.corrective import fingerprint
+from tiny.data import articled
+from tiny.judge import clip_score, distances
+from tiny.solids import find_solid
+from variants import all_methods
 
 # Every method is Eq. 7 with one choice, the noise prediction that stands for the fake samples.
 # ε: the added noise; ε_g = E[ε | x_t] over the particles; ε_y: the prior's conditional prediction.
@@ -186,13 +186,6 @@ def sampled(prior, prompts, seed=0):
     return prior.decode(ddim_samples(prior, prompts, x_T)).cpu()
 
 
-def save_png(picture, path):
-    """Write a PIL picture beside its place and move it there."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with moved_into(Path(path)) as part:
-        picture.save(part, format="PNG", optimize=True)
-
-
 # kind of edit: (example picture, what it is, what it is to become)
 EDITS = {
     "simplification": ("fox", "a 3d render of a fox", "a flat icon of a fox"),
@@ -206,7 +199,6 @@ def edits_figure(path, side=192):
 
     Under each picture: tiny-clip's score of the target.
     """
-    import editing
     prior = asd.Prior.from_pretrained("tiny-sd")
     rows = []
     for kind, (name, source, target) in EDITS.items():
@@ -217,36 +209,6 @@ def edits_figure(path, side=192):
         rows.append((f"{kind}:\n{source}\n-> {target}", torch.cat(images), notes))
         print(kind, *notes)
     sheet(path, ["source", "DDS", "ASD"], rows, side, corner="tiny-clip's score\nof the target")
-
-
-def sheet(path, columns, rows, side, left=None, corner="", colors=None):
-    """A labelled grid: column names, and for each row its label, pictures [N, 3, H, W], and, where
-    there are notes, a line under each picture; corner: what the notes are. colors: a palette of
-    that many, dithered, makes a file half the size."""
-    from PIL import Image, ImageDraw, ImageFont
-    top, left, under = side // 4, left or round(1.1 * side), side // 7 * (len(rows[0]) > 2)
-    width, height = left + side * len(columns), top + (side + under) * len(rows)
-    page = Image.new("RGB", (width, height), "white")
-    write = ImageDraw.Draw(page)
-    font, small = (ImageFont.load_default(size=side // n) for n in (9, 13))
-    write.multiline_text((left // 2, top // 2), corner, "black", small, anchor="mm", align="center")
-    for i, name in enumerate(columns):
-        write.text((left + side * (i + 0.5), top // 2), name, "black", font, anchor="mm")
-    for j, (label, images, *notes) in enumerate(rows):
-        y = top + (side + under) * j
-        write.multiline_text((left // 2, y + side // 2), label, "black", small, anchor="mm",
-                             align="center")
-        for i, image in enumerate(images):
-            pixels = (255 * image).round().byte().permute(1, 2, 0).cpu()
-            picture = Image.fromarray(pixels.numpy())
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-            page.paste(picture, (left + side * i, y))
-        for i, note in enumerate(notes[0] if notes else []):
-            middle = left + side * (i + 0.5), y + side + under // 2
-            write.text(middle, note, "black", small, anchor="mm")
-    if colors:
-        page = page.quantize(palette=page.quantize(colors), dither=Image.Dither.FLOYDSTEINBERG)
-    save_png(page, path)
 
 
 # neighbours are alike, as replacement makes each the next one
@@ -271,7 +233,6 @@ def edited_by(name):
 
 def edit_prompts(kind, i):
     """(source, target) of the i-th edit of a kind."""
-    from tiny_sd import articled
     before, after, further = KINDS[kind]
     nouns = [articled(CONCEPTS[(i + k) % len(CONCEPTS)]) for k in (0, further)]
     return f"{before} {nouns[0]}", f"{after} {nouns[1]}"
@@ -282,7 +243,6 @@ def edited_unit(prior, kind, i):
 
     Beside them the source itself, and a picture of the target that does not know the source.
     """
-    import editing
     source, target = edit_prompts(kind, i)
     before = sampled(prior, [source], i)
     pictures = {"source": before, "unrelated": sampled(prior, [target], 1000 + i)} | {
@@ -297,7 +257,6 @@ def edit_table(path, part="1/1"):
     Edits that are there already (outputs/edits/) are not made again. part "1/2" and "2/2" in two
     processes: a half each; whichever ends last prints the table and writes it.
     """
-    from corrective import fingerprint
     prior = asd.Prior.from_pretrained("tiny-sd")
     key = fingerprint(*prior.unet.parameters(), *map(edited_by, EDITED_BY))
     files = {(kind, j): Path("outputs/edits", f"{kind}-{j}-{key}.json")
@@ -364,10 +323,6 @@ OTHERS = "lemon,tomato,avocado,rose,bear,koala".split(",")
 
 def trained_network(prior, steps, pictures):
     """The translation network, trained unless outputs/ has it; None where that fails."""
-    import editing
-    import translation
-    from corrective import fingerprint
-    from tiny_sd import articled
     flags = ["--network", "--method", "dds", "--source", STYLES[0], "--target", STYLES[1],
              "--things", ", ".join(articled(concept) for concept in LEARNT),
              "--steps", str(steps), "--pictures", str(pictures)]
@@ -386,8 +341,6 @@ def network_figure(path, steps=600, pictures=90, side=128):
     They are samples of the prior: of the things that it has learnt on, from other noise, and of
     others. Prints the time of a picture, and tiny-clip's score of the target before and after.
     """
-    from tiny_sd import articled
-    from translation import in_one_pass
     prior = asd.Prior.from_pretrained("tiny-sd")
     net = trained_network(prior, steps, pictures)
     if net is None:
@@ -397,7 +350,7 @@ def network_figure(path, steps=600, pictures=90, side=128):
         sources, targets = ([style.format(articled(concept)) for concept in concepts]
                             for style in STYLES)
         before = torch.cat([sampled(prior, [text], 1000 + i) for i, text in enumerate(sources)])
-        after, seconds = in_one_pass(prior, net, before)
+        after, seconds = translation.in_one_pass(prior, net, before)
         scores = [[clip_score(x[None], target) for x, target in zip(images, targets, strict=True)]
                   for images in (before, after)]
         gain = mean_and_error([b - a for a, b in zip(*scores, strict=True)])
@@ -429,14 +382,13 @@ NEIGHBOURS = {
 
 
 def distilled(prior, method, prompt, start=None, **words):
-    """What `python asd.py --prompt … --seed 0` makes, from noise or from the picture `start`.
+    """What `python variants.py --prompt … --seed 0` makes, from noise or from the picture `start`.
 
     method: a row; words: what its φ is told. -> RGB [1, 3, H, W] in [0, 1].
     """
     rng = torch.Generator().manual_seed(0)
     latents = asd.Latents(prior, rng=rng, images=start)
-    phi = asd.make_phi(method.phi, prior, prompt, lam=method.lam, gamma=method.gamma,
-                       steps=method.steps, **words)
+    phi = asd.make_phi(method, prior, prompt, **words)
     state = asd.State(latents, phi, method, rng)
     asd.distill(prior, latents, prior.encode_text([prompt]), method, state=state)
     return latents.images().cpu()
@@ -444,9 +396,8 @@ def distilled(prior, method, prompt, start=None, **words):
 
 def cell_file(prior, name, prompt):
     """Where one cell of the neighbours' figure is kept: named by all that it depends on."""
-    from corrective import fingerprint, load_bias
-    corrective = load_bias(prior).parameters() if name == "lmc" else []
-    key = fingerprint(*prior.unet.parameters(), *corrective, all_methods()[name], NEIGHBOURS[name])
+    b_k = corrective.load_bias(prior).parameters() if name == "lmc" else []
+    key = fingerprint(*prior.unet.parameters(), *b_k, all_methods()[name], NEIGHBOURS[name])
     return Path("outputs/neighbours", f"{name}-{prompt.replace(' ', '-')}-{key}.json")
 
 
@@ -520,7 +471,6 @@ def bridge_figure(path, side=160):
     The drawing is one of examples/, or, where there is none, a sample of the prior. Under each
     picture: tiny-clip's score of what is wanted.
     """
-    import editing
     prior = asd.Prior.from_pretrained("tiny-sd")
     words = {"source_words": "a drawing of {}", "target_words": "a 3d render of {}"}
     method, rows = replace(all_methods()["bridge"], **editing.SETTING | BRIDGE), []
@@ -546,16 +496,14 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
     """Print tiny-clip's score, silhouette IoU and PSNR of five solids by SDS, VSD and ASD.
 
     Means over the solids ± standard errors over the seeds, and ASD's differences, seed by seed;
-    beside the numbers a picture of the first seed. The runs are nerf.py's, in outputs/solids/:
-    those that are there already are not made again, one that was stopped goes on. part "1/2" and
-    "2/2" in two processes, of one thread each: a half each; whichever ends last prints. only: of
-    "asd/a red mug", …, those that it is a part of.
+    beside the numbers a picture of the first seed. The runs lie in outputs/solids/: those that are
+    there already are not made again, one that was stopped goes on. part "1/2" and "2/2" in two
+    processes, of one thread each: a half each; whichever ends last prints. only: of "asd/a red
+    mug", …, those that it is a part of.
     """
-    import scene
-    from corrective import fingerprint
-    prior, rows = asd.Prior.from_pretrained("tiny-sd"), scene.methods()
+    prior, rows = asd.Prior.from_pretrained("tiny-sd"), text_to_3d.methods()
     rows = {name: replace(rows[name], steps=steps or rows[name].steps) for name in asd.METHODS}
-    keys = {name: fingerprint(*prior.unet.parameters(), row, scene.DEFAULTS)
+    keys = {name: fingerprint(*prior.unet.parameters(), row, text_to_3d.DEFAULTS)
             for name, row in rows.items()}
     files = {(name, prompt, seed): Path("outputs/solids", f"{name}-{prompt.replace(' ', '-')}-"
                                         f"{seed}-{keys[name]}", "numbers.json")
@@ -575,22 +523,18 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
 
 
 def solid_run(file, method, prompt, seed, steps):
-    """`python nerf.py --prompt … --method … --seed …` in the file's folder, its scores into it."""
-    import nerf
-    import scene
+    """`python text_to_3d.py --prompt … --method …` in the file's folder, its scores into it."""
     folder = file.parent
     flags = ["--resume", folder] if (folder / "config.json").exists() else \
         ["--prompt", prompt, "--method", method, "--seed", seed, "--steps", steps, "--out", folder]
-    if nerf.main([str(flag) for flag in flags]):
+    if text_to_3d.main([str(flag) for flag in flags]):
         raise asd.UserError(f"{folder} is not finished; the same command goes on with it")
-    field = nerf.NeRF.load(folder / "nerf.safetensors")
-    write_text(file, json.dumps(scene.view_scores(field, prompt)))
+    field = NeRF.load(folder / "nerf.safetensors")
+    write_text(file, json.dumps(text_to_3d.view_scores(field, prompt)))
 
 
 def solids_sheet(path, files, found, side=128):
     """Each method's solids of the first seed, and the true ones, half from the side."""
-    from nerf import NeRF, rays, render
-    from scene import find_solid, orbit, solid_pictures
     names, prompts, seeds = (list(dict.fromkeys(key)) for key in zip(*files, strict=True))
     c2w, rows = orbit(8)[1:2], []
     for name in names:
@@ -609,7 +553,6 @@ def print_solids(found):
 
     Each seed's number is a mean over the solids. "truth" is tiny-clip's score of the true solids.
     """
-    import scene
     names, prompts, seeds = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
     rows = {name: [{key: sum(found[name, prompt, seed][key] for prompt in prompts) / len(prompts)
                     for key in found[name, prompts[0], seed]} for seed in seeds] for name in names}
@@ -619,7 +562,7 @@ def print_solids(found):
                 rows["asd"], rows[other], strict=True)]
     table = {name: {key: mean_and_error([seed[key] for seed in each]) for key in each[0]}
              for name, each in rows.items()}
-    truth = [clip_score(scene.eight_views(prompt).over(1.0).movedim(-1, 1), prompt)
+    truth = [clip_score(text_to_3d.eight_views(prompt).over(1.0).movedim(-1, 1), prompt)
              for prompt in prompts]
     table["truth"] = {"clip": (sum(truth) / len(truth), 0.0)}
     for name, row in table.items():
@@ -640,7 +583,7 @@ def main(argv=None):
     parser.add_argument("figure", choices=list(FIGURES))
     parser.add_argument("--out", help="default: in figures/")
     parser.add_argument("--part", metavar="I/N", help="grid, tables, solids: one of N processes")
-    parser.add_argument("--steps", type=number(int, 1), help="solids: of each run (nerf.py's: 600)")
+    parser.add_argument("--steps", type=number(int, 1), help="solids: of each run (default 600)")
     parser.add_argument("--seeds", type=number(int, 1), help="solids: how many (default 3)")
     parser.add_argument("--only", metavar="TEXT", help="solids: such as asd/a red mug; asd; mug")
     arguments = parser.parse_args(argv)

@@ -1,8 +1,7 @@
-"""runs.py — what asd.py, editing.py and nerf.py share: flags, folders, checkpoints, pictures.
+"""runs.py — what the commands share: flags, folders, settings, checkpoints, pictures, errors.
 
-    python asd.py --prompt "a red apple"       calls main() below
-
-What differs between them is a Program, a record of functions; asd.py's, ASD, is the last one here.
+What a command is, is a record of functions, Command: asd.py, variants.py, editing.py and
+text_to_3d.py hand theirs to main(). No method is known here, and no φ.
 
 A run lives in one folder: config.json (every setting), metrics.jsonl (a line per step),
 checkpoint.safetensors (θ, φ, both optimisers, the state of the generator of randomness, the step,
@@ -12,7 +11,7 @@ be resumed; on the CPU the resumed run ends in the same bits. A user's mistake i
 status 2.
 """
 import argparse
-import functools
+import inspect
 import json
 import math
 import os
@@ -21,26 +20,14 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from asd import (
-    METHODS,
-    OMEGAS,
-    OPTIMIZERS,
-    Latents,
-    Method,
-    Pixels,
-    Prior,
-    State,
-    UserError,
-    distill,
-    make_phi,
-)
+from prior import Prior, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,50 +56,86 @@ def number(kind, low=-math.inf, high=None):
     return convert
 
 
-def all_methods():
-    """asd.METHODS, and where variants.py is beside it, its rows."""
-    try:
-        from variants import METHODS as more
-    except ImportError:
-        more = {}
-    return METHODS | more
+# ------------------------------------------------------------------------------ what a command is
+def picture_flags(add):
+    """The flags of a command that makes pictures of its prompts."""
+    add("--prompt", action="append", metavar="TEXT", help="what to make; repeat for several")
+    add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
+    add("--init", metavar="PNG", help="start from this picture, not from noise")
+    add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
+
+
+def final_picture(folder, settings, prior, state):
+    """final.png, all that the generator shows in a grid."""
+    final = (state.generator.images() * 255).round().byte().cpu()
+    write_grid(folder / "final.png", final, math.ceil(math.sqrt(len(final))))
+    return folder / "final.png"
 
 
 @dataclass(frozen=True)
-class Program:
-    """What one of the programs adds to what they share."""
+class Command:
+    """What one of the commands adds to what they share; by default it makes pictures of prompts."""
     name: str                     # "asd.py"
     about: str                    # one line for --help
-    methods: Callable             # () -> {name: row}, all of one dataclass, `row`
-    add_flags: Callable           # (add): its own, as argparse's add_argument
-    defaults: dict                # of flags that are not in a method's row
-    prompts: Callable             # (settings) -> the texts; the first one names the folder
-    check: Callable               # (settings): raises UserError; nothing is loaded yet
-    build: Callable               # (settings, prior, method, rng, folder, anew)
-    #                               -> (generator, cond, phi, second); `anew`: no checkpoint is read
-    finish: Callable              # (folder, settings, prior, state) -> the picture to name
-    measure: Callable             # (settings, prior, state, images) -> {name: number}
-    row: type = Method
+    methods: dict                 # {name: row}, all of one dataclass
+    phis: dict                    # {name: what makes the φ}, as --phi and config.json have it
+    choices: dict                 # {"omega": names, "optimizer": names}
+    build: Callable               # (settings, prior, method, rng, folder, anew) -> (state, cond);
+    #                               `anew`: no checkpoint is read afterwards
+    loop: Callable                # (prior, generator, cond, method, state=…, micro_batch, callback)
+    default: str | None = "asd"   # the method that is taken where none is given
+    add_flags: Callable = picture_flags     # (add): its own, as argparse's add_argument
+    defaults: dict = field(default_factory=lambda: {
+        "particles": 1, "init": None, "pixels": False})     # of flags that are not in a row
+    options: tuple = ()           # those of them that only some φ take; their default is None
+    prompts: Callable = lambda settings: settings.get("prompt") or [""]     # names the folder
+    check: Callable = lambda settings: None          # raises UserError; nothing is loaded yet
+    finish: Callable = final_picture                 # … -> the picture to name
+    measure: Callable = lambda settings, prior, state, images: {}           # {name: number}
+
+    def phi_name(self, row):
+        return next(name for name, phi in self.phis.items() if phi is row.phi)
+
+    def row(self, settings):
+        """The row that the settings describe. KeyError where they lack one of its fields."""
+        kind = type(next(iter(self.methods.values())))
+        told = {key: settings[key] for key in kind.__dataclass_fields__}
+        return kind(**told | {"phi": self.phis[settings["phi"]]})
 
 
-def make_parser(program):
+def takes(phi):
+    """What the maker of a φ may be told beside prior and prompts: names."""
+    return list(inspect.signature(phi).parameters)[2:]
+
+
+def told(settings, phi):
+    """Those of the settings that the maker of a φ takes; what is None keeps the φ's own default."""
+    return {key: settings[key] for key in takes(phi) if settings.get(key) is not None}
+
+
+# ------------------------------------------------------------------------------- flags, settings
+def make_parser(command):
     """Flags named by the paper's symbols; what is not given comes from the method's row."""
-    p = Parser(prog=program.name, description=program.about)
-    add, some = p.add_argument, number(float)
-    program.add_flags(add)
-    add("--method", metavar="NAME", help=f"one of {', '.join(program.methods())} (default asd)")
-    add("--phi", choices=["noise", "lora", "embedding", "exact"], help="what predicts ε_φ")
+    p = Parser(prog=command.name, description=command.about)
+    add, some, methods = p.add_argument, number(float), command.methods
+    command.add_flags(add)
+    add("--method", metavar="NAME", help=f"one of {', '.join(methods)} (default "
+        f"{command.default or 'none'})")
+    add("--phi", choices=[name for name in command.phis if name not in methods],
+        help="what predicts ε_φ")
     add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
     add("--lam", type=some, help="λ, guidance (default 7.5)")
     add("--gamma", type=some, help="γ of Eq. 10 (asd: default -1, in 3D -0.5; vsd: 0)")
     add("--steps", type=number(int, 1), help="updates of θ (default 350; editing: 60; 3D: 600)")
     add("--lr", type=number(float, 0, 1e30), help="learning rate for θ (default 0.01; editing: "
         "0.03; 3D: 0.02)")
-    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of --lr (default 1; "
-        "3D: 0.05)")
-    add("--optimizer", choices=list(OPTIMIZERS), help="of θ (default adam; editing: sgd)")
+    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of --lr "
+        "(default 1; 3D: 0.05)")
+    add("--optimizer", choices=list(command.choices["optimizer"]),
+        help="of θ (default adam; editing: sgd)")
     add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's for φ (default 1e-3)")
-    add("--omega", choices=list(OMEGAS), help="ω(t) (default 1; editing, 3D: sigma2)")
+    add("--omega", choices=list(command.choices["omega"]),
+        help="ω(t) (default 1; editing, 3D: sigma2)")
     add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
     add("--t-max", type=number(float, 0, 1), help="largest t for θ (default 0.98)")
     add("--t-max-late", type=number(float, 0, 1), help="the same after --t-late of the steps "
@@ -125,14 +148,6 @@ def make_parser(program):
     add("--fixed-noise", action="store_const", const=True, help="one ε for θ throughout (LMC-SDS)")
     add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
     add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
-    add("--negative", metavar="TEXT", help="csd, nfsd: the negative prompt")
-    add("--source-words", metavar="TEXT", help="bridge: what the pictures are; {} is the prompt")
-    add("--target-words", metavar="TEXT", help="bridge: what is wanted of them; {} is the prompt")
-    add("--bridge-steps", type=number(int, 1), help="bridge: steps of its ODEs (default 1)")
-    add("--bridge-start", type=number(float, 0, 1), help="bridge: where it begins, a fraction of "
-        "the steps (default 0.5; with --source-words 0)")
-    add("--bandwidth", type=number(float, 0, 1e30), help="--phi exact: each particle's blur h")
-    add("--corrective", metavar="FILE", help="lmc: its network (default corrective.safetensors)")
     add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")
     add("--checkpointing", action="store_const", const=True, help="less memory for φ, more time")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of all randomness (default 0)")
@@ -145,46 +160,35 @@ def make_parser(program):
     return p
 
 
-DEFAULTS = {"method": "asd", "model": "tiny-sd", "rank": 4, "tokens": 4, "seed": 0,
-            "save_every": 50, "checkpointing": False, "micro_batch": None, "device": "auto",
-            "dtype": "auto"}
-# what only some φ are told (variants.py); None: the φ's own default
-WORDS = {"negative": ("csd", "nfsd"), "source_words": ("bridge",), "target_words": ("bridge",),
-         "bridge_steps": ("bridge",), "bridge_start": ("bridge",), "bandwidth": ("exact",),
-         "corrective": ("lmc",)}
-DEFAULTS |= dict.fromkeys(WORDS)
+DEFAULTS = {"model": "tiny-sd", "rank": 4, "tokens": 4, "seed": 0, "save_every": 50,
+            "checkpointing": False, "micro_batch": None, "device": "auto", "dtype": "auto"}
 MAY_CHANGE = {"steps", "device", "save_every", "micro_batch"}     # of a run that is resumed
 
 
-def read_settings(given, program):
+def read_settings(given, command):
     """Command line -> (settings, folder, resumed): rows, defaults and a resumed run filled in."""
     given = {key: value for key, value in given.items() if value is not None}
     resume, out = given.pop("resume", None), given.pop("out", None)
     if resume is not None:
-        return resumed_settings(given, out, Path(resume), program), Path(resume), True
-    methods = program.methods()
-    method = methods.get(given.get("method", "asd"))
-    if method is None:
-        raise UserError(f"unknown method {given['method']!r}: choose one of {', '.join(methods)}")
-    settings = DEFAULTS | program.defaults | asdict(method) | given
-    program.check(settings)
-    if any("\ud800" <= letter <= "\udfff" for letter in "".join(program.prompts(settings))):
+        return resumed_settings(given, out, Path(resume), command), Path(resume), True
+    methods, name = command.methods, given.get("method", command.default)
+    if name not in methods:
+        wrong = f"unknown method {name!r}: choose" if name else "give a --method,"
+        raise UserError(f"{wrong} one of {', '.join(methods)}")
+    settings = DEFAULTS | dict.fromkeys(command.options) | command.defaults \
+        | asdict(methods[name]) | {"method": name, "phi": command.phi_name(methods[name])} | given
+    command.check(settings)
+    prompts = command.prompts(settings)
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
+    if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):
         raise UserError("the prompt is not valid text (UTF-8)")
     late = settings["t_max_late"] if settings["t_late"] < 1 else 1.0
     if settings["t_min"] > min(settings["t_max"], late):
         raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']} "
                         f"or --t-max-late {settings['t_max_late']}")
-    if settings["phi"] == "noise" and method.phi == "lora":
-        raise UserError(f"--phi noise is --method sds; {settings['method']} needs one to train")
-    if settings["phi"] != method.phi != "lora":
-        raise UserError(f"--method {settings['method']} is its φ: drop --phi {settings['phi']}")
-    if settings["lam_phi"] != 1 and settings["phi"] != "lora":
-        raise UserError("--lam-phi is guidance inside a trained φ that is told y or ∅: --phi lora")
-    for word, kinds in WORDS.items():
-        if settings[word] is not None and settings["phi"] not in kinds:
-            flag, of = word.replace("_", "-"), "--phi" if kinds == ("exact",) else "--method"
-            raise UserError(f"--{flag} is for {of} {' or '.join(kinds)}")
-    name = re.sub(r"[^a-z0-9]+", "-", program.prompts(settings)[0].lower()).strip("-")[:40]
+    check_phi(settings, command)
+    name = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:40]
     folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
     if out is None:                    # an earlier run of the same name is kept
         tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
@@ -194,29 +198,50 @@ def read_settings(given, program):
     return settings, folder, False
 
 
-def resumed_settings(given, out, folder, program):
+def check_phi(settings, command):
+    """--phi, and what only some φ are told: UserError where they do not belong to the method."""
+    method, phi = settings["method"], settings["phi"]
+    own, trained = command.methods[method].phi, type(command.methods[method])().phi
+    chosen, called = command.phis[phi], next(k for k, v in command.phis.items() if v is trained)
+    if chosen is not own is not trained:
+        raise UserError(f"--method {method} is its φ: drop --phi {phi}")
+    others = [name for name, row in command.methods.items() if row.phi is chosen is not own]
+    if others:
+        raise UserError(f"--phi {phi} is --method {others[0]}; {method} needs one to train")
+    if settings["lam_phi"] != 1 and chosen is not trained:
+        raise UserError("--lam-phi is guidance inside a trained φ that is told y or ∅: "
+                        f"--phi {called}")
+    for option in command.options:
+        if settings[option] is not None and option not in takes(chosen):
+            whose = [name for name, maker in command.phis.items() if option in takes(maker)]
+            of = "--method" if whose[0] in command.methods else "--phi"
+            raise UserError(f"--{option.replace('_', '-')} is for {of} {' or '.join(whose)}")
+
+
+def resumed_settings(given, out, folder, command):
     """The settings of the run in `folder`; of those given, only MAY_CHANGE may be others."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        settings, made_by = dict(config["settings"]), config.get("program", program.name)
+        settings, made_by = dict(config["settings"]), config.get("program", command.name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no run to resume: config.json cannot be read "
                         f"({type(error).__name__})") from error
-    if made_by != program.name:
+    if made_by != command.name:
         raise UserError(f"{folder} holds a run of {made_by}: resume it with that")
     changed = [k for k, v in given.items() if k not in MAY_CHANGE and settings.get(k) != v]
     if out is not None or changed:
         flags = ["--" + key.replace("_", "-") for key in changed] or ["--out"]
         raise UserError(f"a resumed run keeps its settings: drop {', '.join(flags)}")
-    settings = DEFAULTS | program.defaults | settings | given
+    settings = DEFAULTS | dict.fromkeys(command.options) | command.defaults | settings | given
     try:
-        program.row(**{key: settings[key] for key in program.row.__dataclass_fields__})
-        program.check(settings)
+        command.row(settings)
+        command.check(settings)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no run to resume: config.json lacks {error}") from error
     return settings
 
 
+# -------------------------------------------------------------------------------- files, pictures
 @contextmanager
 def moved_into(path):
     """A temporary path beside `path`, moved there if all went well and removed if not."""
@@ -263,6 +288,13 @@ def read_folder(path, size):
     return torch.cat([read_image(file, size) for file in files])
 
 
+def encode_folder(prior, path):
+    """The pictures of a folder -> x0 [N, C, H, W], on the prior's device."""
+    with torch.no_grad():
+        return torch.cat([prior.encode_image(part.to(prior.device))
+                          for part in read_folder(path, prior.image_size).split(16)])
+
+
 def write_grid(path, images, columns, least=256):
     """images [N, 3, H, W] uint8 -> a PNG, `columns` to a row, each enlarged to `least` pixels."""
     from PIL import Image
@@ -287,48 +319,7 @@ def picture_measures(images):
             "sharpness": laplacian.abs().mean().item()}
 
 
-def distances(before, after, source, target):
-    """Pictures [B, 3, H, W] in [0, 1] -> {"psnr" to `before` in dB; "clip_distance", 1 − cosine of
-    the pictures in tiny-clip's features; "clip_target", "clip_source": cosines with the prompts}.
-    """
-    error = (after - before).square().mean((1, 2, 3)).clamp(min=1e-10)
-    numbers = {"psnr": (-10 * error.log10()).mean().item()}
-    features = clip_features([before, after], [source, target])
-    if features is None:
-        return numbers
-    a, b, (z, y) = features
-    return numbers | {"clip_distance": (1 - (a * b).sum(1)).mean().item(),
-                      "clip_target": (b @ y).mean().item(), "clip_source": (b @ z).mean().item()}
-
-
-@functools.cache
-def load_judge():
-    """tiny-clip, the small CLIP beside this file, and its tokenizer; None where they are not."""
-    try:
-        import tiny_sd
-        return tiny_sd.load_clip(Path(__file__).with_name("tiny-clip"), "cpu")
-    except (ImportError, UserError):
-        return None
-
-
-def clip_features(batches, texts):
-    """Batches of RGB [B, 3, H, W] in [0, 1] and T texts -> their unit vectors [B, 128], …, [T, 128]
-    in tiny-clip; None where it cannot be had."""
-    if load_judge() is None:
-        return None
-    import tiny_sd
-    clip, tokenizer = load_judge()
-    small = [torch.nn.functional.interpolate(x.cpu(), (64, 64), mode="area") for x in batches]
-    return *(tiny_sd.image_features(clip, x) for x in small), \
-        tiny_sd.text_features(clip, tokenizer, texts)
-
-
-def clip_score(images, prompt):
-    """Mean cosine of RGB [B, 3, H, W] with the prompt in tiny-clip; None where it is not there."""
-    features = clip_features([images], [prompt])
-    return features and (features[0] @ features[1].T).mean().item()
-
-
+# ------------------------------------------------------------------------------------- the run
 def save_checkpoint(path, state, frames):
     """All that a run needs to go on, in one safetensors file."""
     from safetensors.torch import save
@@ -367,50 +358,37 @@ def usable(device):
     return device
 
 
-def set_up(program, settings, folder, checkpoint=None):
+def set_up(command, settings, folder, checkpoint=None):
     """settings -> (prior, cond, method, state, frames), from a checkpoint where one is given."""
     dtype = None if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
     prior = Prior.from_pretrained(settings["model"], usable(settings["device"]), dtype)
-    method = program.row(**{key: settings[key] for key in program.row.__dataclass_fields__})
-    rng = torch.Generator().manual_seed(settings["seed"])
+    method, rng = command.row(settings), torch.Generator().manual_seed(settings["seed"])
     try:
-        generator, cond, phi, second = program.build(settings, prior, method, rng, folder,
-                                                     checkpoint is None)
+        state, cond = command.build(settings, prior, method, rng, folder, checkpoint is None)
     except ValueError as error:
         raise UserError(error) from error
-    asked = [*program.prompts(settings), *getattr(phi, "texts", [])]
+    asked = [*command.prompts(settings), *getattr(state.phi, "texts", [])]
     unknown = sorted({word for text in asked for word in prior.unknown_words(text)})
     if unknown:
-        print(f"{program.name}: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
-    state = State(generator, phi, method, rng, second)
+        print(f"{command.name}: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
     frames = load_checkpoint(checkpoint, state) if checkpoint else {}
     return prior, cond, method, state, frames
 
 
-def phi_of(settings, prior, method, prompt):
-    """φ as the settings describe it; ValueError where they cannot be had.
-
-    prompt: a text, or the list of all that the run can ask.
-    """
-    return make_phi(method.phi, prior, prompt, settings["rank"], settings["tokens"],
-                    settings["checkpointing"], settings["seed"], lam=method.lam,
-                    gamma=method.gamma, steps=method.steps, **{w: settings[w] for w in WORDS})
-
-
-def run(program, settings, folder, resumed):
+def run(command, settings, folder, resumed):
     """One run of the command line, from its settings to its pictures."""
     from tqdm import tqdm
     checkpoint, metrics = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
     # a run that was stopped before its first checkpoint starts anew
     going_on = checkpoint if resumed and checkpoint.exists() else None
-    prior, cond, method, state, frames = set_up(program, settings, folder, going_on)
+    prior, cond, method, state, frames = set_up(command, settings, folder, going_on)
     if state.step > method.steps:
         raise UserError(f"{folder} has {state.step} steps already: --steps {method.steps} is less")
     folder.mkdir(parents=True, exist_ok=True)
     lines = metrics.read_text("utf-8").splitlines() if going_on and metrics.exists() else []
     write_text(metrics, "".join(line + "\n" for line in lines[:state.step]))
     write_text(folder / "config.json", json.dumps(
-        {"program": program.name, "settings": settings, "python": platform.python_version(),
+        {"program": command.name, "settings": settings, "python": platform.python_version(),
          "device": str(prior.device), "dtype": str(prior.dtype)}
         | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")},
         indent=1, ensure_ascii=False))
@@ -423,7 +401,7 @@ def run(program, settings, folder, resumed):
             images = state.generator.images()
             row |= picture_measures(images)
             if state.step in film:
-                row |= program.measure(settings, prior, state, images)
+                row |= command.measure(settings, prior, state, images)
                 frames[state.step] = (images[:4] * 255).round().byte().cpu()
         log.write(json.dumps(row) + "\n")
         log.flush()
@@ -437,25 +415,24 @@ def run(program, settings, folder, resumed):
         frames[0] = (state.generator.images()[:4] * 255).round().byte().cpu()
     with tqdm(total=method.steps, initial=state.step, desc=settings["method"]) as bar, \
             metrics.open("a") as log:
-        distill(prior, state.generator, cond, method, state=state, callback=record,
-                micro_batch=settings["micro_batch"])
+        command.loop(prior, state.generator, cond, method, state=state, callback=record,
+                     micro_batch=settings["micro_batch"])
     strip = torch.stack([frames[step] for step in sorted(frames)], 1).flatten(0, 1)
     write_grid(folder / "progress.png", strip, len(frames), 128)
     state.phi.save(folder / "phi")
     if prior.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(prior.device) / 2 ** 30
         print(f"peak memory: {peak:.2f} GiB", file=sys.stderr)
-    print(program.finish(folder, settings, prior, state))
+    print(command.finish(folder, settings, prior, state))
 
 
-def main(argv=None, program=None):
-    """The command line of `program` (default: asd.py's). -> exit status."""
-    program, folder = program or ASD, None
-    name = program.name
+def main(command, argv=None):
+    """The command line of a Command. -> exit status."""
+    folder, name = None, command.name
     try:
-        settings, folder, resumed = read_settings(vars(make_parser(program).parse_args(argv)),
-                                                  program)
-        run(program, settings, folder, resumed)
+        settings, folder, resumed = read_settings(vars(make_parser(command).parse_args(argv)),
+                                                  command)
+        run(command, settings, folder, resumed)
     except (UserError, FloatingPointError, OSError, SafetensorError, ImportError) as mistake:
         mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""
         print(f"{name}: {' '.join(str(mistake).split()) or type(mistake).__name__}{mend}",
@@ -473,48 +450,3 @@ def main(argv=None, program=None):
         print(f"\n{name}: stopped" + f"; go on with --resume {folder}" * held, file=sys.stderr)
         return 130
     return 0
-
-
-# ---------------------------------------------------------------------------------- asd.py's own
-def asd_flags(add):
-    add("--prompt", action="append", metavar="TEXT", help="what to make; repeat for several")
-    add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
-    add("--init", metavar="PNG", help="start from this picture, not from noise")
-    add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
-    add("--generator", choices=["latents", "network"], help="network: learn to make all at once")
-
-
-def check_prompts(settings):
-    prompts = settings.get("prompt") or []
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
-    if settings["generator"] == "network" and (settings["init"] or settings["pixels"]):
-        raise UserError("--generator network makes latents of noise: drop --init and --pixels")
-
-
-def asd_build(settings, prior, method, rng, folder, anew):
-    """Latents or Pixels for every prompt and particle, or the network that makes them; and φ."""
-    init = read_image(settings["init"], prior.image_size) if anew and settings["init"] else None
-    cond = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
-    if settings["generator"] == "network":
-        from variants import Network
-        generator = Network(prior, cond, rng)
-    else:
-        generator = (Pixels if settings["pixels"] else Latents)(prior, len(cond), rng, init)
-    return generator, cond, phi_of(settings, prior, method, settings["prompt"]), None
-
-
-def asd_finish(folder, settings, prior, state):
-    """final.png, the particles in a grid."""
-    final = (state.generator.images() * 255).round().byte().cpu()
-    write_grid(folder / "final.png", final, math.ceil(math.sqrt(len(final))))
-    return folder / "final.png"
-
-
-ASD = Program(
-    name="asd.py", about="Optimise pictures until they look, to a frozen text-to-image diffusion "
-    "model, like the prompt (Adversarial Score Distillation).",
-    methods=all_methods, add_flags=asd_flags,
-    defaults={"particles": 1, "init": None, "pixels": False, "generator": "latents"},
-    prompts=lambda settings: settings["prompt"], check=check_prompts, build=asd_build,
-    finish=asd_finish, measure=lambda settings, prior, state, images: {})

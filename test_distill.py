@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import asd
-import tiny_sd
 from asd import METHODS, Latents, NoisePhi, Pixels, Prior, State, UserError
 from phi import EmbeddingPhi, LoRAPhi
 from prior import to_eps
+from tiny import make
 
 HERE = Path(asd.__file__).resolve().parent
 KINDS = ["epsilon", "v_prediction"]
@@ -41,7 +41,7 @@ def save_tiny_pipeline(folder, kind):
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     is_v = kind == "v_prediction"
-    tokenizer = tiny_sd.make_tokenizer([PROMPT, "a blue fox"], folder / "words")
+    tokenizer = make.make_tokenizer([PROMPT, "a blue fox"], folder / "words")
     if is_v:
         tokenizer.pad_token = "!"
     torch.manual_seed(KINDS.index(kind))
@@ -62,7 +62,7 @@ def save_tiny_pipeline(folder, kind):
         num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
-    scheduler = tiny_sd.make_scheduler()
+    scheduler = make.make_scheduler()
     scheduler.register_to_config(prediction_type=kind)
     StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
@@ -134,14 +134,16 @@ def scramble(phi, seed=0):
     return phi
 
 
-def method_of(name="asd", steps=2, **changes):
+def method_of(name="asd", steps=2, phi=None, **changes):
+    """A row; phi: a name that --phi takes, in place of the row's."""
+    changes |= {} if phi is None else {"phi": asd.PHIS[phi]}
     return replace(METHODS[name], steps=steps, **changes)
 
 
 def make_state(prior, method, particles=1, seed=0, generator=None, phi=None):
     random = rng(seed)
     generator = generator or Latents(prior, particles, random)
-    phi = phi or asd.make_phi(method.phi, prior, PROMPT, seed=seed)
+    phi = phi or asd.make_phi(method, prior, PROMPT, seed)
     return State(generator, phi, method, random)
 
 
@@ -299,7 +301,7 @@ def test_the_embedded_model_comes_before_what_lies_around(folders, monkeypatch, 
     """A folder here comes before one beside the code, but for "tiny-sd", which means that one."""
     for folder in ("here/tiny-sd", "here/other", "code/other"):
         (tmp_path / folder).mkdir(parents=True)
-    link_tree(folders["epsilon"], tmp_path / "code/tiny-sd")
+    link_tree(folders["epsilon"], tmp_path / "code/tiny/sd")
     monkeypatch.setattr("prior.HERE", tmp_path / "code")
     monkeypatch.chdir(tmp_path / "here")
     assert Prior.from_pretrained("tiny-sd", "cpu").shape == (4, 8, 8)
@@ -513,12 +515,21 @@ def test_phi_comes_from_its_seed_alone(prior, monkeypatch):
     assert same(trainable(LoRAPhi(prior, camera=16, seed=5)), trainable(a))
 
 
-def test_make_phi_knows_three(prior):
-    made = [type(asd.make_phi(kind, prior, PROMPT)) for kind in ("noise", "lora", "embedding")]
-    assert made == [NoisePhi, LoRAPhi, EmbeddingPhi]
-    with pytest.raises(ValueError, match="'hyper'.*noise, lora or embedding"):
-        asd.make_phi("hyper", prior)
-    with pytest.raises(ValueError, match="made for a prompt"):          # none to start at
+def test_make_phi_tells_what_is_taken(prior):
+    """Of the run, what the φ takes; an option that it does not is an error, not forgotten."""
+    for name, kind in (("noise", NoisePhi), ("lora", LoRAPhi), ("embedding", EmbeddingPhi)):
+        method = method_of(phi=name)
+        assert type(asd.make_phi(method, prior, PROMPT)) is method.phi is kind
+        with pytest.raises(TypeError, match="rang"):
+            asd.make_phi(method, prior, PROMPT, rang=8)
+    assert len(asd.make_phi(method_of(phi="embedding"), prior, PROMPT, tokens=2).embedding) == 2
+    one, two, other = (trainable(asd.make_phi(method_of(), prior, seed=seed)) for seed in (3, 3, 4))
+    assert same(one, two) and not same(one, other)
+    seen = []
+    made = asd.make_phi(SimpleNamespace(phi=lambda prior, prompts, steps, lam: seen.append(
+        (prompts, steps, lam)), lam=3.0, gamma=0.0, steps=9), prior, PROMPT)
+    assert made is None and seen == [(PROMPT, 9, 3.0)]
+    with pytest.raises(ValueError, match="starts at its prompt"):          # where there is none
         asd.distill(prior, Latents(prior), prior.encode_text([PROMPT]), method_of(phi="embedding"))
 
 
@@ -1268,7 +1279,7 @@ def tiny():
     return Prior.from_pretrained("tiny-sd", "cpu")
 
 
-@pytest.mark.skipif(not (HERE / "tiny-sd/unet").is_dir(), reason="tiny-sd/ is not here")
+@pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(), reason="tiny/sd is not here")
 @rows
 def test_time_of_a_step_of_tiny_sd(benchmark, tiny, name, phi, share_noise):
     time_step(benchmark, tiny, tiny.encode_text([PROMPT]), name, phi, share_noise, rounds=3)

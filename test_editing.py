@@ -1,4 +1,4 @@
-"""Eq. 11 and image editing: on the exact prior, on a tiny random pipeline, and on tiny-sd/.
+"""Eq. 11 and image editing: on the exact prior, on a tiny random pipeline, and on tiny/sd.
 
     Eq. 11  editing_grad           test_eq11_is_the_gradient_of_two_discriminators
     DDS     editing_grad           test_dds_is_eq11_with_the_added_noise
@@ -19,12 +19,14 @@ import asd
 import editing
 import runs
 import translation
-import variants
 from conftest import cosine, fixed_mixture, mixtures, randn
+from phi import EmbeddingPhi, LoRAPhi
+from prior import ddim_samples
 from test_asd import close, guidance, levels, mutants, noise, seeds, shapes, slope
 from test_distill import folders, load, on_devices, prior, rng, trainable  # noqa: F401
 from test_runs import checkpoint, contents, metrics, model  # noqa: F401
-from variants import ddim_samples
+from tiny.judge import distances
+from variants import Exact
 
 HERE = Path(asd.__file__).resolve().parent
 PROMPTS = ["--source", "a red apple", "--target", "a blue fox"]
@@ -115,7 +117,7 @@ def edit(prior, name="asd", steps=1, apart=0, same_prompt=False, **changes):    
     generator = asd.Latents(prior, 1, random)
     with torch.no_grad():
         generator.theta.copy_(source + apart)
-    phis = [asd.make_phi(method.phi, prior, "a red apple", seed=seed) for seed in (0, 1)]
+    phis = [asd.make_phi(method, prior, "a red apple", seed) for seed in (0, 1)]
     second = editing.second_discriminator(method, phis[1], z if not same_prompt else y, source)
     state, rows = asd.State(generator, phis[0], method, random, second), []
     asd.distill(prior, generator, y, method, state=state,
@@ -140,7 +142,7 @@ def test_the_loop_is_eq11(prior, name, monkeypatch):                            
     t, eps = seen["noise"]
     alpha_t, sigma_t = prior.alpha_sigma(t)
     y, z, null = prior.encode_text(["a blue fox", "a red apple", ""]).split(1)
-    lora = method.phi == "lora"                # at the first step a LoRA says what the prior says
+    lora = method.phi is LoRAPhi               # at the first step a LoRA says what the prior says
 
     def triple(x0, cond):
         x_t = asd.add_noise(x0, eps, alpha_t, sigma_t)
@@ -165,7 +167,7 @@ def test_dds_draws_t_and_weighs_as_its_notebook(prior, monkeypatch):            
     assert bounds == [(50, 948)] * 2
     t = torch.tensor([50, 500, 948])
     omega = asd.OMEGAS[editing.METHODS["dds"].omega](*prior.alpha_sigma(t))
-    assert (omega == 1).all() and editing.METHODS["dds"].phi == "noise"
+    assert (omega == 1).all() and editing.METHODS["dds"].phi is asd.NoisePhi
 
 
 @pytest.mark.parametrize("name", ["asd", "eq10", "dds"])
@@ -234,7 +236,7 @@ def test_both_phi_learn_and_the_prior_does_not(prior):                          
     before = {k: v.clone() for k, v in prior.unet.state_dict().items()}
     state, rows, _ = edit(prior, "asd", steps=3)
     for phi in (state.phi, state.second.phi):
-        fresh = asd.make_phi("lora", prior, seed=0 if phi is state.phi else 1)
+        fresh = LoRAPhi(prior, seed=0 if phi is state.phi else 1)
         old = trainable(fresh)
         assert all(not torch.equal(p, old[name]) for name, p in trainable(phi).items())
     assert all(torch.equal(v, before[k]) for k, v in prior.unet.state_dict().items())
@@ -462,19 +464,19 @@ def test_one_network_for_several_things(cli):
 
 def test_the_command_asks_for_the_target(cli, monkeypatch):
     seen = []
-    monkeypatch.setattr(runs, "distill", lambda prior_, generator, cond, method, state, **_:
+    monkeypatch.setattr(asd, "distill", lambda prior_, generator, cond, method, state, **_:
                         seen.append((prior_, cond, state)))
     assert cli("--phi", "embedding")[0] == 0
     (prior_, y, state), = seen
     for text, cond, phi in (("a blue fox", y, state.phi),
                             ("a red apple", state.second.cond, state.second.phi)):
         assert torch.equal(cond, prior_.encode_text([text]))
-        assert torch.equal(phi.embedding, asd.make_phi("embedding", prior_, text).embedding)
+        assert torch.equal(phi.embedding, EmbeddingPhi(prior_, text).embedding)
 
 
 def test_a_network_learns_on_samples_of_the_source(cli, monkeypatch):
     asked = []
-    monkeypatch.setattr(variants, "ddim_samples",
+    monkeypatch.setattr(translation, "ddim_samples",
                         lambda _, texts, x_T: asked.extend(texts) or x_T)
     assert cli("--network", "--things", "apple, fox", "--source", "a red {}", "--target",
                "a blue {}", "--pictures", 3, "--method", "dds")[0] == 0
@@ -544,7 +546,7 @@ def test_pictures_of_every_kind_are_edited(cli, mode, size):
 
 def test_a_run_of_another_program_is_not_resumed(cli, capsys):
     assert cli("--method", "dds", "--steps", 1)[0] == 0
-    assert runs.main(["--resume", "run"]) == 2
+    assert asd.main(["--resume", "run"]) == 2
     assert "editing.py" in capsys.readouterr().err
 
 
@@ -553,7 +555,7 @@ def test_other_methods_edit_too(prior, name):                                   
     """As a function, without the command line: rows of asd.py and variants.py."""
     row = editing.methods()["asd" if name == "exact" else name]
     if name == "exact":
-        row = replace(row, phi="exact", gamma=-0.5)
+        row = replace(row, phi=Exact, gamma=-0.5)
     image = torch.rand(2, 3, *prior.image_size, generator=rng())
     after = editing.edit(prior, image, ["a red apple"] * 2, ["a blue fox"] * 2,
                          replace(row, steps=2, lr=0.1))
@@ -573,8 +575,8 @@ def test_a_batch_is_edited_as_its_pictures_are(prior, monkeypatch):             
 
 
 # ------------------------------------------------------------------------------------ on tiny-sd
-needs_tiny_sd = pytest.mark.skipif(not (HERE / "tiny-sd/unet").is_dir(),
-                                   reason="tiny-sd/ is not here")
+needs_tiny_sd = pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(),
+                                   reason="tiny/sd is not here")
 # the paper's: simplification, refinement, replacement
 SOURCES = ["a 3d render of a fox", "a flat icon of a fox", "a 3d render of a cat"]
 TARGETS = ["a flat icon of a fox", "a 3d render of a fox", "a 3d render of a dog"]
@@ -610,7 +612,7 @@ def test_the_papers_three_cases(tiny, cases, name):
     images, unrelated = cases
     edited = editing.edit(tiny, images, SOURCES, TARGETS, name)
     for i, case in enumerate(SOURCES):
-        before, after, other = (runs.distances(images[i:i + 1], x[i:i + 1], case, TARGETS[i])
+        before, after, other = (distances(images[i:i + 1], x[i:i + 1], case, TARGETS[i])
                                 for x in (images, edited, unrelated))
         print(case, name, before, after, other)
         assert after["clip_target"] > before["clip_target"], case
@@ -622,7 +624,7 @@ def test_the_papers_three_cases(tiny, cases, name):
 def test_time_of_a_step_of_an_edit(benchmark, tiny, name):
     row, z = editing.METHODS[name], tiny.encode_text(["a fox"])
     generator = editing.Edited(tiny, torch.rand(1, 3, *tiny.image_size, generator=rng()))
-    phi, phi_z = (asd.make_phi(row.phi, tiny, "a fox") for _ in range(2))
+    phi, phi_z = (asd.make_phi(row, tiny, "a fox") for _ in range(2))
     second = editing.second_discriminator(row, phi_z, z, generator.source)
     state = asd.State(generator, phi, row, rng(), second)
 

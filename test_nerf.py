@@ -1,4 +1,4 @@
-"""The NeRF: encoding, compositing, rendering, kernels, fitting; and text-to-3D's generator.
+"""The NeRF: encoding, compositing, rendering, kernels, cameras, fitting; meshes and pages.
 
 The Triton kernels run in Triton's interpreter where there is no CUDA. The last are benchmarks.
 """
@@ -16,14 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
+import export
 import nerf
-import scene
-import solids
-from nerf import NeRF, composite, hash_encode, layout, render
-from test_distill import folders  # noqa: F401 (a fixture)
+from nerf import NeRF, camera_to_world, composite, hash_encode, layout, render
+from tiny import solids
 
 try:                                 # whether the interpreter runs is settled by Triton's import
     with pytest.MonkeyPatch.context() as patch:
@@ -300,7 +298,7 @@ def test_kernels_are_chosen(monkeypatch):
 
 # -------------------------------------------------------------------------------- rays, cameras
 def camera_rays(size, elevation=20.0, azimuth=30.0, distance=2.7, fovy=40.0):
-    c2w = solids.camera_to_world(elevation, azimuth, distance)
+    c2w = camera_to_world(elevation, azimuth, distance)
     return (v[0] for v in nerf.rays(c2w, fovy, size))
 
 
@@ -317,7 +315,7 @@ def test_rays_go_through_the_pixels_centres():
 @given(st.floats(-80, 80), st.floats(-180, 180), st.floats(20, 60))
 def test_points_on_a_ray_are_seen_in_its_pixel(elevation, azimuth, fovy):
     """The projection (x, y)/(−z tan(fovy/2)) of a point on it is the pixel's centre in [−1, 1]²."""
-    c2w = solids.camera_to_world(torch.tensor([elevation], **DOUBLE), azimuth, 2.7)
+    c2w = camera_to_world(torch.tensor([elevation], **DOUBLE), azimuth, 2.7)
     o, d = (v[0] for v in nerf.rays(c2w, fovy, 6))
     x, y, z = ((o + 1.7 * d - c2w[0, :3, 3]) @ c2w[0, :3, :3]).unbind(-1)
     centers = (2 * torch.arange(6, **DOUBLE) + 1) / 6 - 1
@@ -328,7 +326,7 @@ def test_points_on_a_ray_are_seen_in_its_pixel(elevation, azimuth, fovy):
 
 
 def test_each_camera_has_its_own_field_of_view():
-    c2w = solids.camera_to_world(torch.tensor([20.0, 30.0]), 40.0, 2.7)
+    c2w = camera_to_world(torch.tensor([20.0, 30.0]), 40.0, 2.7)
     both = nerf.rays(c2w, torch.tensor([30.0, 50.0]), 4, 6)
     for i, fovy in enumerate((30.0, 50.0)):
         for v, alone in zip(both, nerf.rays(c2w[i:i + 1], fovy, 4, 6)):
@@ -338,6 +336,27 @@ def test_each_camera_has_its_own_field_of_view():
 def test_a_camera_looks_at_the_origin():
     o, d = camera_rays(5)
     close(d[2, 2], -o[2, 2] / o[2, 2].norm())
+
+
+@given(st.floats(-90, 90), st.floats(-720, 720), st.floats(1, 9))
+def test_camera_looks_at_the_origin_upright(elevation, azimuth, distance):
+    m = camera_to_world(*torch.tensor([elevation, azimuth, distance], dtype=torch.float64))[0]
+    right, up, back, position = m[:3].T
+    close(m[:3, :3].T @ m[:3, :3], torch.eye(3, dtype=m.dtype))
+    close(torch.linalg.cross(right, up), back)
+    close(position, distance * back)
+    assert right[2] == 0 and up[2] >= -1e-12
+    assert position[2].item() == pytest.approx(distance * math.sin(math.radians(elevation)))
+
+
+def test_azimuth_zero_is_in_front_and_sees_left_as_left():
+    m = camera_to_world(0, torch.tensor([0., 90.]), 2)
+    close(m[:, :3, 3], torch.tensor([[2., 0, 0], [0, 2., 0]]))
+    o, d = nerf.rays(m, 90.0, 2)
+    close(o[0, 0, 0], torch.tensor([2., 0, 0]))
+    # Pixel (row 0, column 1), up and to the right: towards −x, +y, +z, at tan 45° / 2 off the axis.
+    close(d[0, 0, 1], torch.tensor([-1, .5, .5]) / math.sqrt(1.5))
+    close(d.norm(dim=-1), torch.ones(2, 2, 2))
 
 
 @given(seeds)
@@ -533,10 +552,11 @@ def test_normals_of_a_blob_point_outwards():
 
 def test_normals_of_a_depth_map():
     """A ball's, from its true depth: the direction from its centre."""
-    truth = solids.render(["ball"], ["red"], solids.camera_to_world(20.0, 30.0, 2.7), size=32)
+    truth = solids.render(["ball"], ["red"], lambda n: nerf.rays(
+        camera_to_world(20.0, 30.0, 2.7), 40.0, n), 32)
     o, d = camera_rays(32)
     x = (o + truth.depth[0, 0, ..., None] * d)[10:22, 10:22]
-    close(scene.depth_normals(x[None])[0], torch.nn.functional.normalize(x, dim=-1), rtol=0,
+    close(export.depth_normals(x[None])[0], torch.nn.functional.normalize(x, dim=-1), rtol=0,
           atol=0.05)
 
 
@@ -595,7 +615,7 @@ try:
     render(NeRF(kernels="triton"), o, d)
 except ValueError as error:
     print(error)
-assert nerf.main(["--prompt", "a mug"]) == 2
+assert nerf.main(["mug"]) == 2
 assert not {"diffusers", "transformers", "triton", "asd", "solids"} & set(sys.modules)
 """
 
@@ -606,7 +626,7 @@ def test_nerf_stands_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "nerf_kernels.py" in done.stdout, done.stderr
-    assert done.stderr.startswith("nerf.py: the command line needs scene"), done.stderr
+    assert done.stderr.startswith("nerf.py: the command line needs runs"), done.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"size": 1000}, {"finest": 2}, {"density": "relu"}])
@@ -616,14 +636,8 @@ def test_fields_that_cannot_be(wrong):
 
 
 # -------------------------------------------------------------------------------------- fitting
-def test_solids_are_found():
-    assert scene.find_solid("a red mug") == scene.find_solid("Red mug") == ("mug", "red")
-    assert scene.find_solid("an orange teddy bear") == ("teddy bear", "orange")
-    assert scene.find_solid("mug") == ("mug", "red") and scene.find_solid("a red fox") is None
-
-
 def test_posed_pictures_of_a_solid():
-    learnt, held_out = scene.builtin_scene("ball", "blue", 3, 2, 16)
+    learnt, held_out = nerf.builtin_scene("ball", "blue", 3, 2, 16)
     assert learnt.color.shape == (3, 16, 16, 3) and held_out.opacity.shape == (2, 16, 16)
     close(learnt.over(1.0)[:, 0, 0], torch.ones(3, 3))
     assert not torch.equal(learnt.origins[:2], held_out.origins)
@@ -631,9 +645,9 @@ def test_posed_pictures_of_a_solid():
 
 def transforms(folder, count, split=""):
     """A folder in NeRF-synthetic's format: a blue ball. -> Posed."""
-    posed = scene.builtin_scene("ball", "blue", count, 0, 32)[0]
+    posed = nerf.builtin_scene("ball", "blue", count, 0, 32)[0]
     azimuth = torch.rand(2, count, generator=rng())
-    c2w = solids.camera_to_world(90 * azimuth[0] - 20, 360 * azimuth[1], 2.7)
+    c2w = camera_to_world(90 * azimuth[0] - 20, 360 * azimuth[1], 2.7)
     frames = []
     for i in range(count):
         alpha = posed.opacity[i, ..., None]
@@ -677,14 +691,14 @@ def test_wide_pictures_keep_their_angle(tmp_path):
 
 
 def test_fit_stops_where_the_loss_is_not_finite():
-    learnt, _ = scene.builtin_scene("ball", "blue", 2, 0, 8)
+    learnt, _ = nerf.builtin_scene("ball", "blue", 2, 0, 8)
     with pytest.raises(FloatingPointError, match="at step 1"):
         nerf.fit(small(), learnt, 3, 16, 4, lr=1e30)
 
 
 def test_fit_of_empty_pictures():
     """Nothing to see: white pictures on white are fitted without an error."""
-    learnt, _ = scene.builtin_scene("ball", "blue", 2, 0, 8)
+    learnt, _ = nerf.builtin_scene("ball", "blue", 2, 0, 8)
     empty, field = learnt._replace(color=learnt.color * 0, opacity=learnt.opacity * 0), small()
     field.inner[2].bias.data[0] = -100
     nerf.fit(field, empty, 2, 16, 4, background=(1.0, 1.0, 1.0))
@@ -693,7 +707,7 @@ def test_fit_of_empty_pictures():
 
 def test_fit_finds_a_ball():
     """A few seconds are enough for a ball: more than 20 dB on views it has not seen."""
-    learnt, held_out = scene.builtin_scene("ball", "blue", 16, 4, 24)
+    learnt, held_out = nerf.builtin_scene("ball", "blue", 16, 4, 24)
     field = NeRF(levels=4, size=1 << 12, base=4, finest=24, cells=16, density="exp",
                  blob=5.0, blob_radius=0.6, kernels="torch")
     losses = []
@@ -701,11 +715,10 @@ def test_fit_finds_a_ball():
     seen = nerf.look(field, held_out, 32)
     assert losses[-1] < losses[0] / 4
     assert nerf.psnr(seen.rgb, held_out.over(1.0)) > 20
-    assert scene.view_scores(field, "a blue ball", 32)["iou"] > 0.85
 
 
 def test_fit_is_repeatable():
-    learnt, _ = scene.builtin_scene("ball", "blue", 2, 0, 16)
+    learnt, _ = nerf.builtin_scene("ball", "blue", 2, 0, 16)
     one, two = small(), small()
     for field in (one, two):
         nerf.fit(field, learnt, 3, 64, 8)
@@ -717,18 +730,16 @@ def test_psnr_by_hand():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--fit", "red dragon"], "neither a folder nor a solid"),
-    (["--fit", "{tmp}"], "transforms.json cannot be used"),
-    (["--fit", "mug", "--kernels", "triton", "--device", "cpu"], "need CUDA, Triton"),
-    (["--fit", "mug", "--device", "tpu9"], "tpu9"),
-    pytest.param(["--fit", "mug", "--device", "cuda"], "--device cuda cannot be used here",
+    (["red dragon"], "neither a folder nor a solid"),
+    (["{tmp}"], "transforms.json cannot be used"),
+    (["mug", "--kernels", "triton", "--device", "cpu"], "need CUDA, Triton"),
+    (["mug", "--device", "tpu9"], "tpu9"),
+    pytest.param(["mug", "--device", "cuda"], "--device cuda cannot be used here",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")),
-    (["--fit", "mug", "--steps", "0"], "--steps"),
-    (["--fit", "ball", "--steps", "3", "--lr", "1e30", "--seed", "0", "--size", "8", "--pictures",
+    (["mug", "--steps", "0"], "--steps"),
+    (["ball", "--steps", "3", "--lr", "1e30", "--seed", "0", "--size", "8", "--pictures",
       "2", "--batch", "16", "--samples", "4", "--device", "cpu"], "loss is not finite"),
-    (["--prompt", " "], "--prompt that is not empty"),
-    (["--prompt", "a mug", "--distance", "3", "2"], "least value first"),
-    (["--prompt", "a mug", "--kernels", "cuda"], "--kernels"),
+    (["mug", "--kernels", "cuda"], "--kernels"), ([], "required"),
 ])
 def test_mistakes_are_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -743,7 +754,7 @@ def test_mistakes_are_one_line(flags, message, tmp_path, monkeypatch, capsys):
 
 def test_fit_leaves_another_run_alone(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    assert nerf.main(["--fit", "ball", "--pictures", "1", "--size", "8", "--device", "cpu",
+    assert nerf.main(["ball", "--pictures", "1", "--size", "8", "--device", "cpu",
                       "--out", str(tmp_path)]) == 2
     assert "choose another --out" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
@@ -751,16 +762,14 @@ def test_fit_leaves_another_run_alone(tmp_path, capsys):
 
 @pytest.fixture
 def coarse(monkeypatch):
-    """The pictures, the mesh and the measures of a run, but small ones."""
-    for name, size in (("write_turntable", {"frames": 24, "size": 8}),
-                       ("write_views", {"size": 8}), ("extract_mesh", {"resolution": 24}),
-                       ("view_scores", {"samples": 4})):
-        monkeypatch.setattr(scene, name, functools.partial(getattr(scene, name), **size))
+    """The pictures and the mesh of a run, but small ones."""
+    small_ones = functools.partial(nerf.write_all, size=8, frames=24, cells=24)
+    monkeypatch.setattr(nerf, "write_all", small_ones)
 
 
 def test_fit_command(tmp_path, monkeypatch, capsys, coarse):
     monkeypatch.chdir(tmp_path)
-    assert nerf.main(["--fit", "blue ball", "--pictures", "4", "--size", "16", "--steps", "8",
+    assert nerf.main(["blue ball", "--pictures", "4", "--size", "16", "--steps", "8",
                       "--batch", "64", "--samples", "16", "--threshold", "4", "--seed", "0",
                       "--device", "cpu"]) == 0
     out = tmp_path / "outputs/fit-blue-ball"
@@ -791,10 +800,16 @@ class Ball(Field):
     normal = NeRF.normal
 
 
+def ball_mesh(threshold, resolution):
+    ball = Ball()
+    return export.extract_mesh(lambda x: ball.geometry(x)[0], lambda x: ball(x)[1], 1.0, threshold,
+                               resolution)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     pytest.importorskip("trimesh"), pytest.importorskip("skimage")
-    return scene.extract_mesh(Ball(), 20.0, 48)
+    return ball_mesh(20.0, 48)
 
 
 def test_mesh_of_a_ball(mesh):
@@ -808,13 +823,13 @@ def test_mesh_of_a_ball(mesh):
 def test_mesh_of_nothing():
     pytest.importorskip("trimesh"), pytest.importorskip("skimage")
     with pytest.raises(ValueError, match="no surface.*--threshold"):
-        scene.extract_mesh(Ball(), 50.0, 16)
+        ball_mesh(50.0, 16)
 
 
 def test_mesh_file_and_page(mesh, tmp_path):
     """The GLB is y-up with linear colours; the page needs nothing from outside."""
     import trimesh
-    scene.write_mesh(tmp_path, mesh)
+    export.write_mesh(tmp_path, mesh)
     again = trimesh.load(tmp_path / "mesh.glb", force="mesh")
     close(torch.from_numpy(again.vertices[:, [2, 0, 1]]), torch.from_numpy(mesh.vertices),
           rtol=0, atol=1e-5)
@@ -844,7 +859,7 @@ def test_page_shows_the_mesh(mesh, tmp_path, event, turn, tilt, away):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no chromium here")
-    scene.write_mesh(tmp_path, mesh)
+    export.write_mesh(tmp_path, mesh)
     page = tmp_path / "viewer.html"
     if event:
         page.write_text(page.read_text() + f"<script>canvas.dispatchEvent({event})</script>")
@@ -872,185 +887,12 @@ def test_a_field_in_another_box_is_the_same_enlarged(box):
     assert torch.equal(one.occupancy(x), other.occupancy(box * x))
 
 
-# ---------------------------------------------------------------------------------- text-to-3D
-class Eye:
-    """As much of a Prior as a Scene needs: x0 is the picture at half its size."""
-    device, image_size, shape = torch.device("cpu"), (16, 16), (3, 8, 8)
-
-    def encode_text(self, prompts):
-        return torch.tensor([[[float(len(prompts[0]))]]])
-
-    def encode_image(self, images):
-        assert images.shape[1:] == (3, 16, 16)
-        return torch.nn.functional.avg_pool2d(images, 2)
-
-
-def make_scene(**changes):
-    settings = {"views": 3, "samples": 8, "resolution": (4, 16), "late": 0.5} | changes
-    return scene.Scene(Eye(), small(), "a mug", rng(4), 4, **settings)
-
-
-def test_scene_asks_each_view_for_its_own_prompt():
-    """The camera that φ is told is the one the picture was taken by; its word fits."""
-    s = make_scene(views=64)
-    c2w, _, cond = s.cameras()
-    place = c2w[:, :3, 3]
-    distance = place.norm(dim=1)
-    elevation = torch.rad2deg(torch.asin(place[:, 2] / distance))
-    azimuth = torch.rad2deg(torch.atan2(place[:, 1], place[:, 0]))
-    words = [solids.view_word(*pose) for pose in zip(elevation, azimuth)]
-    close(cond[:, 0, 0], torch.tensor([float(len(f"a mug, {word} view")) for word in words]))
-    assert set(words) == {"front", "side", "back", "overhead"}
-    assert (distance >= 2.75 - 1e-4).all() and (distance <= 3.1 + 1e-4).all()
-    s, seen = make_scene(), []
-    picture = s.picture
-    s.picture = lambda c2w, *rest: seen.append(c2w) or picture(c2w, *rest)
-    assert torch.equal(s()[2], seen[0].flatten(1))
-    low = elevation < 50
-    assert 0.75 < low.float().mean() < 0.98                       # an eighth is seen from above
-    assert (elevation[low] > 4.9).all() and (elevation[low] < 35.1).all()
-    x0, cond, camera = make_scene()()
-    assert x0.shape == (3, 3, 8, 8) and cond.shape == (3, 1, 1) and camera.shape == (3, 16)
-
-
-def test_scene_ranges_of_one_value_and_others():
-    s = make_scene(views=64, azimuth=(30, 30), elevation=(0, 0), overhead=0, fovy=(30, 50))
-    c2w, fovy, _ = s.cameras()
-    place = torch.nn.functional.normalize(c2w[:, :3, 3], dim=1)
-    turn = math.radians(30)
-    close(place, torch.tensor([[math.cos(turn), math.sin(turn), 0.0]]).expand(64, 3), rtol=0,
-          atol=1e-5)
-    assert 30 <= fovy.min() < 32 and 48 < fovy.max() <= 50
-    assert (make_scene().cameras()[1] == 40).all()
-    wide, narrow = (make_scene(fovy=(f, f), late=0.0) for f in (120.0, 20.0))
-    assert wide()[0].mean() > narrow()[0].mean()                  # more of the white around it
-
-
-def test_scene_renders_finer_later():
-    s = make_scene()
-    sizes = []
-    for _ in range(4):
-        s()
-        sizes.append(s.opacity.shape[-1])
-    assert sizes == [4, 4, 16, 16] and s.step == 4
-
-
-def test_scene_regularisers_by_hand():
-    s = make_scene(sparsity=2.0, opaque=3.0)
-    s.opacity = torch.full((1, 2, 2), 0.5, requires_grad=True)
-    s.regulariser().backward()
-    close(s.regulariser().detach(), torch.tensor(2 * math.sqrt(0.26) + 3 * math.log(2)))
-    assert (s.opacity.grad > 0).all()                             # less opacity, less loss
-    s.opacity = torch.full((1, 2, 2), 0.7, requires_grad=True)
-    entropic = make_scene(opaque=1.0)
-    entropic.opacity = s.opacity
-    entropic.regulariser().backward()
-    assert (s.opacity.grad < 0).all()                             # more than half: to one
-
-
-@pytest.mark.parametrize("background", ["white", "random", "learnt"])
-def test_scene_backgrounds(background):
-    s = make_scene(background=background)
-    s.nerf.inner[2].bias.data[0] = -100
-    x0 = s()[0]
-    assert (x0 == 1).all() == (background == "white")
-    assert x0[0].flatten(1).std(1).max() < 1e-6                   # one colour per view
-    if background == "learnt":
-        x0.sum().backward()
-        assert (s.nerf.background.grad != 0).all()
-
-
-def test_scene_rates():
-    groups = make_scene().parameter_groups(0.01)
-    assert [group.get("lr") for group in groups] == [None, 0.001]
-    names = sum(len(group["params"]) for group in groups)
-    assert names == len(list(make_scene().parameters()))
-
-
-@pytest.fixture
-def text_to_3d(folders, tmp_path, monkeypatch, coarse, capsys):      # noqa: F811
-    """text_to_3d(*flags) -> (status, stdout, stderr) of a short run of the tiny model."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*flags):
-        if "--resume" not in flags:
-            flags = ("--prompt", "a red ball", "--model", str(folders["epsilon"]), "--out", "run",
-                     "--device", "cpu", "--samples", "8", "--resolution", "8", "16", *flags)
-        status = nerf.main([str(flag) for flag in flags])
-        return status, *capsys.readouterr()
-    return call
-
-
-class Truth(Ball):
-    """The red mug of solids.py itself, opaque, without its shading; or in a mirror."""
-
-    def __init__(self, mirror=(1, 1, 1)):
-        super().__init__()
-        self.mirror = torch.tensor(mirror)
-
-    def geometry(self, x):
-        return 300 * (solids.sdf("mug", x * self.mirror) < 0).float(), x
-
-    def forward(self, x, d=None):
-        return self.geometry(x)[0], torch.tensor(solids.COLORS["red"]).expand(len(x), 3)
-
-
-def test_scores_of_the_truth():
-    """The silhouettes agree from all sides, if the handle is where it should be; and tiny-clip
-    sees a red mug rather than a fox."""
-    mug, other = scene.view_scores(Truth(), "a red mug"), scene.view_scores(Truth(), "a fox")
-    assert mug["iou"] > 0.98 and 17 < mug["psnr"] < 40
-    assert scene.view_scores(Truth((1, -1, 1)), "a red mug")["iou"] < 0.9
-    if "clip" in mug:                                            # where tiny-clip/ is
-        assert set(other) == {"clip"} and other["clip"] < mug["clip"] - 0.1
-
-
-def test_text_to_3d_command(text_to_3d, tmp_path):
-    """Everything a run leaves behind; an empty field costs the mesh, not the run."""
-    status, out, err = text_to_3d("--steps", 2, "--threshold", 5, "--sparsity", 1, "--opaque", 1)
-    assert status == 0 and "silhouette IoU" in out and out.endswith("run/viewer.html\n"), err
-    files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files >= {"config.json", "metrics.jsonl", "checkpoint.safetensors", "progress.png",
-                     "phi", "nerf.safetensors", "views.png", "turntable.gif", "mesh.glb",
-                     "viewer.html"}
-    fields = [NeRF.load(tmp_path / "run/nerf.safetensors"), NeRF(seed=0)]
-    for one, other in zip(*(field.parameters() for field in fields)):
-        assert (one.shape == (3,)) or not torch.equal(one, other)            # all but a background
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    assert row["step"] == 2 and row["psnr"] > 0 and 0 <= row["iou"] <= 1
-    status, out, err = text_to_3d("--steps", 1, "--threshold", 1e6, "--out", "run2",
-                                  "--method", "sds")
-    assert status == 0 and "no mesh: no surface" in err and out.endswith("turntable.gif\n")
-
-
-@pytest.mark.parametrize("flags", [
-    ["vsd", "--phi", "embedding"], ["vsd", "--phi", "exact"], ["csd"],
-    ["csd", "--negative", "a fox"],
-    ["nfsd", "--negative", "a fox"],
-    ["bridge", "--source-words", "a fox", "--target-words", "a {}"]], ids=" ".join)
-def test_every_method_makes_3d(text_to_3d, tmp_path, flags):
-    status, _, err = text_to_3d("--steps", 2, "--method", *flags)
-    assert status == 0, err
-    table = NeRF.load(tmp_path / "run/nerf.safetensors").table
-    assert table.isfinite().all() and not torch.equal(table, NeRF(seed=0).table)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_text_to_3d_with_a_prior_in_half_precision(text_to_3d, tmp_path, dtype):
-    """The NeRF and what is stored stay float32."""
-    status, _, err = text_to_3d("--steps", 1, "--dtype", dtype)
-    assert status == 0, err
-    stored = load_file(tmp_path / "run/checkpoint.safetensors")
-    assert {v.dtype for name, v in stored.items() if name.startswith(("theta", "phi"))} == \
-        {torch.float32}
-
-
 def test_a_turntable_with_a_film(monkeypatch, tmp_path):
     """ffmpeg is given the gif, and a place for the mp4 that is no half-written mp4."""
     (tmp_path / "ffmpeg").write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    scene.write_turntable(tmp_path / "turntable.gif", small(), frames=2, size=8, samples=4)
+    export.write_turntable(tmp_path / "turntable.gif", torch.rand(2, 8, 8, 3))
     assert {p.name for p in tmp_path.iterdir()} == {"ffmpeg", "turntable.gif", "turntable.mp4"}
     asked = (tmp_path / "turntable.mp4").read_text()
     assert "turntable.gif" in asked and "mp4.tmp" in asked
@@ -1061,67 +903,9 @@ def test_a_turntable_without_a_film(monkeypatch, tmp_path, capsys):
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    scene.write_turntable(tmp_path / "turntable.gif", small(), frames=2, size=8, samples=4)
+    export.write_turntable(tmp_path / "turntable.gif", torch.rand(2, 8, 8, 3))
     assert {p.name for p in tmp_path.iterdir()} == {"ffmpeg", "turntable.gif"}
     assert "no turntable.mp4" in capsys.readouterr().err
-
-
-def test_phi_is_told_the_prompt_without_the_view(text_to_3d, monkeypatch):
-    import runs
-    seen = []
-    monkeypatch.setattr(runs, "distill", lambda prior, generator, cond, method, state, **_:
-                        seen.append((prior, state.phi)))
-    assert text_to_3d("--steps", 1)[0] == 0
-    prior, phi = seen[0]
-    assert torch.equal(phi.cond, prior.encode_text(["a red ball"]))
-
-
-@cuda
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_cuda_run_goes_on(text_to_3d, kernels):
-    assert text_to_3d("--steps", 2, "--device", "cuda", "--kernels", kernels)[0] == 0
-    assert text_to_3d("--resume", "run", "--steps", 3)[0] == 0
-
-
-def test_a_resumed_run_ends_in_the_same_bits(text_to_3d, tmp_path):
-    """As long as what depends on the number of steps (--late, --t-late, --lr-end) does not differ.
-    """
-    flags = ("--late", 0, "--t-late", 0, "--lr-end", 1, "--save-every", 1)
-    assert text_to_3d(*flags, "--steps", 3)[0] == 0
-    assert text_to_3d(*flags, "--steps", 1, "--out", "cut")[0] == 0
-    status, _, err = text_to_3d("--resume", "cut", "--steps", 3)
-    assert status == 0, err
-    whole, cut = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("run", "cut"))
-    for name, tensor in whole.items():
-        assert name.startswith("frame") or torch.equal(tensor, cut[name]), name
-
-
-@pytest.mark.filterwarnings("ignore:std")                         # of a single seed
-def test_reproduce_solids(folders, tmp_path, monkeypatch, coarse, capsys):      # noqa: F811
-    """Two processes' parts make one table; a run that was stopped goes on, others are not made
-    again."""
-    import asd
-    import reproduce
-    tiny = asd.Prior.from_pretrained(folders["epsilon"], "cpu")
-    monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *args: tiny)
-    monkeypatch.chdir(tmp_path)
-    made, really = [], nerf.main
-    monkeypatch.setattr(nerf, "main", lambda argv: made.append(argv) or really(argv))
-    flags = ["solids", "--steps", "1", "--seeds", "1", "--only", "mug"]
-    reproduce.main([*flags, "--part", "1/2"])
-    assert "not done yet" in capsys.readouterr().out and len(made) == 2       # of 3: SDS and ASD
-    stopped = next(tmp_path.glob("outputs/solids/sds-*"))
-    (stopped / "numbers.json").unlink()
-    reproduce.main(flags)
-    out = capsys.readouterr().out
-    assert made[2:] == [["--resume", str(stopped.relative_to(tmp_path))], made[3]]
-    assert "vsd" in made[3] and "asd minus sds" in out and "truth" in out
-    found = json.loads((tmp_path / "figures/solids.json").read_text())
-    assert set(found["runs"]) == {f"{name}/a red mug/0" for name in ("sds", "vsd", "asd")}
-    assert set(found["table"]["vsd"]) >= {"iou", "psnr"}
-    assert Image.open(tmp_path / "figures/solids.png").size == (141 + 128, 32 + 4 * (128 + 18))
-    with pytest.raises(SystemExit, match="2"):
-        reproduce.main(["solids", "--only", "a red dragon"])
 
 
 # ----------------------------------------------------------------------------------- benchmarks

@@ -13,7 +13,6 @@ behind the interface of asd.Prior, float64), and test_distill.py's tiny random p
 """
 import copy
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +23,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import asd
-import corrective
+import prior as prior_file
 import reproduce
-import runs
-import tiny_sd
 import variants
-from asd import Latents, NoisePhi, State, UserError
+from asd import Latents, NoisePhi, State
 from conftest import GaussianMixture, cosine, particle_eps, randn
-from corrective import Bias, save_bias
+from prior import ddim_samples, ode_end, one_step_x0
 from test_asd import close, mutants, noise, seeds, shapes
 from test_distill import (  # noqa: F401 (fixtures)
     PROMPT,
@@ -44,7 +41,10 @@ from test_distill import (  # noqa: F401 (fixtures)
     same,
     tiny,
 )
-from test_runs import checkpoint, cli, contents, metrics, model, one_line  # noqa: F401 (fixtures)
+from test_runs import caller, checkpoint, contents, metrics, model  # noqa: F401 (a fixture)
+from test_runs import one_line as of_a_command
+from tiny import corrective, data
+from tiny.corrective import Bias, save_bias
 from variants import (
     CSD,
     CSD_SCHEDULES,
@@ -54,13 +54,11 @@ from variants import (
     Corrective,
     Exact,
     Network,
-    ode_end,
-    one_step_x0,
 )
 
 HERE = Path(asd.__file__).resolve().parent
 guidance, gammas = st.floats(1.1, 100.0), st.floats(-0.9, 10.0)
-ROWS = {**METHODS, "exact": replace(asd.METHODS["vsd"], phi="exact")}
+ROWS = {**METHODS, "exact": replace(asd.METHODS["vsd"], phi=Exact)}
 
 
 # -------------------------------------------------------------------------------------- helpers
@@ -124,8 +122,7 @@ def table(row, *tensors):
 def make_state(prior, method, generator=None, seed=0, words=None):  # noqa: F811
     random = rng(seed)
     generator = generator(random) if generator else Latents(prior, 2, random)
-    phi = asd.make_phi(method.phi, prior, PROMPT, lam=method.lam, gamma=method.gamma,
-                       steps=method.steps, **(words or {}))
+    phi = asd.make_phi(method, prior, PROMPT, **(words or {}))
     return State(generator, phi, method, random)
 
 
@@ -221,7 +218,8 @@ CHECKS = {name[len("check_"):]: check for name, check in list(globals().items())
 
 
 def subject(name):
-    return getattr(variants, name, None) or getattr(corrective, name)
+    return next(getattr(file, name) for file in (variants, prior_file, corrective)
+                if hasattr(file, name))
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -421,7 +419,9 @@ def train(network, exact, levels, mean, std, steps, lr, batch=32):
     for _ in range(steps):
         x0, eps = (randn(batch, *exact.shape, generator=g).to(dtype) for _ in range(2))
         t = torch.tensor(levels)[torch.randint(len(levels), (batch,), generator=g)]
-        loss, _ = corrective.losses(network, exact, null, mean + std * x0, t, eps)
+        x0 = mean + std * x0
+        told = variants.estimate(exact, x0, t, eps, null.expand(batch, -1, -1))
+        loss, _ = corrective.losses(network, x0, t, *told)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -495,35 +495,35 @@ def test_lmc_files_that_do_not_fit_are_one_line(prior, tmp_path, untrained, monk
         path = tmp_path / "b.safetensors"
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(UserError, match=part):
+        with pytest.raises((ValueError, FileNotFoundError), match=part):
             corrective.load_bias(prior, path)
     save_bias(Bias(3), path)
-    with pytest.raises(UserError, match="is no corrective.*size mismatch for unet.conv_in"):
+    with pytest.raises(ValueError, match="is no corrective.*size mismatch for unet.conv_in"):
         corrective.load_bias(prior, path)
 
 
 def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):  # noqa: F811
     """It is told by its UNet's weights, in any dtype, and the command that makes it is named."""
-    monkeypatch.setattr(corrective, "HERE", tmp_path)
+    monkeypatch.setattr(corrective, "OWN", tmp_path / "own.safetensors")
     own = corrective.fingerprint(*prior.unet.parameters())
     assert own == corrective.fingerprint(*(p.bfloat16() for p in prior.unet.parameters()))
-    with pytest.raises(UserError, match="is not there.*--model.*--out FILE"):
+    with pytest.raises(FileNotFoundError, match="is not there.*--model.*--out FILE"):
         corrective.load_bias(prior)
-    save_bias(Bias(4), tmp_path / corrective.OWN, model="epsilon", unet=own)
+    save_bias(Bias(4), corrective.OWN, model="epsilon", unet=own)
     assert corrective.load_bias(prior)
     for whose, part in (("tiny-sd", "for tiny-sd, not for this epsilon"), ("epsilon", "another")):
-        save_bias(Bias(4), tmp_path / corrective.OWN, model=whose, unet="0")
-        with pytest.raises(UserError, match=part):
+        save_bias(Bias(4), corrective.OWN, model=whose, unet="0")
+        with pytest.raises(ValueError, match=part):
             corrective.load_bias(prior)
     monkeypatch.setattr(prior, "name", "tiny-sd")
-    with pytest.raises(UserError, match="train-corrective --model tiny-sd makes it$"):
+    with pytest.raises(ValueError, match="train-corrective --model tiny-sd makes it$"):
         corrective.load_bias(prior)
 
 
 def test_shipped_corrective_is_small_and_of_the_shipped_weights():
-    if not (HERE / corrective.OWN).exists():
+    if not (corrective.OWN).exists():
         pytest.skip(f"{corrective.OWN} is not here")
-    assert (HERE / corrective.OWN).stat().st_size < 2e6
+    assert (corrective.OWN).stat().st_size < 2e6
     assert corrective.load_bias(asd.Prior.from_pretrained("tiny-sd", "cpu"))
 
 
@@ -536,8 +536,8 @@ def test_ddim_samples_follow_the_guided_ode(lam):
 
     def guided(x, t):
         return exact.eps(x, t, null) + lam * (exact.eps(x, t, y) - exact.eps(x, t, null))
-    expected = variants.ode_end(guided, x_T, torch.full((4,), 999), 7, exact.alpha_sigma)
-    close(variants.ddim_samples(exact, texts, x_T, 7, lam), expected)
+    expected = ode_end(guided, x_T, torch.full((4,), 999), 7, exact.alpha_sigma)
+    close(ddim_samples(exact, texts, x_T, 7, lam), expected)
 
 
 def test_errors_and_differences_by_hand():
@@ -552,18 +552,18 @@ def test_errors_and_differences_by_hand():
 
 def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The command; the same command goes on; pictures come from the prior or from a folder."""
-    monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
     Path("prompts").write_text("a red apple\na blue fox\n")
     flags = ["train-corrective", "--model", model, "--samples", "3", "--ddim", "2", "--batch", "2",
              "--minutes", "0.005", "--out", "made/b.safetensors"]
     assert variants.main(flags) == 0
     assert capsys.readouterr().out == "made/b.safetensors\n"
     made = contents("data")
-    monkeypatch.setattr(corrective, "ddim_samples", None)          # no sample is made again
+    monkeypatch.setattr(variants, "ddim_samples", None)            # no sample is made again
     assert variants.main(flags) == 0 and contents("data").keys() == made.keys()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
     status, _, err = cli("--method", "lmc", "--corrective", "made/b.safetensors", "--model", model)
     assert status == 0, err
     assert variants.main([*flags, "--prompts", "prompts"]) == 0
@@ -590,8 +590,8 @@ def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, caps
                                               flags, part):
     """… before anything is sampled or trained."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tiny_sd, "DATA", tmp_path / "data")
-    monkeypatch.setattr(corrective, "own_samples", None)
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(corrective, "kept_samples", None)
     Path("binary").write_bytes(b"\xff\xfe")
     Path("empty").write_text("\n \n")
     given = {"--model": model, "--out": "b", "--device": "cpu"} | dict(zip(flags[::2], flags[1::2]))
@@ -637,7 +637,7 @@ def test_exact_keeps_prompts_apart():
 @pytest.mark.parametrize("gamma", [-1.0, -2.0])
 def test_exact_wants_gamma_above_minus_one(prior, gamma):  # noqa: F811
     with pytest.raises(ValueError, match="no.*gamma|--gamma"):
-        asd.make_phi("exact", prior, PROMPT, lam=7.5, steps=3, gamma=gamma)
+        asd.make_phi(replace(ROWS["exact"], gamma=gamma), prior, PROMPT)
 
 
 def test_exact_spreads_the_particles_of_the_loop():
@@ -652,12 +652,11 @@ def test_exact_spreads_the_particles_of_the_loop():
         def forward(self):
             return self.theta
     exact.words = ["", "y", "z"]
-    for name, phi, lam, gamma in (("sds", "noise", 1.0, 0.0), ("vsd", "exact", 1.0, 0.0),
-                                  ("guided", "exact", 7.5, 0.0), ("asd", "exact", 7.5, -0.9)):
+    for name, phi, lam, gamma in (("sds", NoisePhi, 1.0, 0.0), ("vsd", Exact, 1.0, 0.0),
+                                  ("guided", Exact, 7.5, 0.0), ("asd", Exact, 7.5, -0.9)):
         method = asd.Method(phi=phi, lam=lam, gamma=gamma, omega="sigma2", t_late=1.0, lr=0.1,
                             steps=150)
-        made = asd.make_phi(phi, exact, "y", lam=lam, gamma=gamma, steps=150)
-        state = State(Particles(), made, method, rng(1))
+        state = State(Particles(), asd.make_phi(method, exact, "y"), method, rng(1))
         with reproduce.one_thread():
             asd.distill(exact, state.generator, exact.encode_text(["y"]), method, state=state)
         ends[name] = reproduce.mmd(state.generator.theta.detach().flatten(1), exact.mixture)
@@ -798,6 +797,17 @@ def test_network_learns_in_every_weight(prior):  # noqa: F811
 
 
 # ------------------------------------------------------------------------------ the command line
+@pytest.fixture
+def cli(model, tmp_path, monkeypatch, capsys):                                   # noqa: F811
+    """That of variants.py: see test_runs.cli."""
+    monkeypatch.chdir(tmp_path)
+    return caller(variants.main, model, capsys)
+
+
+def one_line(result, *parts):
+    of_a_command(result, *parts, name="variants.py")
+
+
 @pytest.mark.parametrize("flags", [
     ["--method", "csd", "--negative", "a blue fox"], ["--method", "nfsd"],
     ["--method", "bridge", "--bridge-steps", 2], ["--method", "lmc", "--fixed-noise"],
@@ -814,7 +824,7 @@ def test_a_run_of_each_method(cli, untrained, flags):  # noqa: F811
 
 def test_words_reach_phi(cli, monkeypatch):  # noqa: F811
     """Every prompt of the run, and each flag that is given; what is not keeps the φ's default."""
-    monkeypatch.setattr(runs, "distill", lambda *args, state, **kwargs: seen.append(state.phi))
+    monkeypatch.setattr(asd, "distill", lambda *args, state, **kwargs: seen.append(state.phi))
     seen = []
     cli("--method", "bridge", "--source-words", "old {}", "--target-words", "new {}",
         "--bridge-steps", 3, "--bridge-start", 0.5, "--prompt", "a blue fox", "--lam", 3,
@@ -844,44 +854,45 @@ def test_a_resumed_run_is_the_whole_run(cli, flags):  # noqa: F811
 
 
 @pytest.mark.parametrize("flags, parts", [
-    (["--method", "hyper"], ["sds, vsd, asd, csd, nfsd, bridge, lmc"]),
-    (["--phi", "exact"], ["--gamma -1", "--gamma -0.5"]),
+    (["--method", "hyper"], ["csd, nfsd, bridge, lmc, sds, vsd, asd"]),
+    ([], ["give a --method", "csd, nfsd"]),
+    (["--method", "asd", "--phi", "exact"], ["--gamma -1", "--gamma -0.5"]),
     (["--method", "csd", "--phi", "lora"], ["--method csd", "--phi lora"]),
     (["--method", "nfsd", "--phi", "noise"], ["--phi noise"]),
     (["--method", "csd", "--lam", 1], ["--lam 1"]),
-    (["--negative", "blurry"], ["--negative", "csd or nfsd"]),
+    (["--method", "asd", "--negative", "blurry"], ["--negative", "csd or nfsd"]),
     (["--method", "csd", "--source-words", "x"], ["--source-words", "bridge"]),
-    (["--bandwidth", 1], ["--bandwidth", "--phi exact"]),
+    (["--method", "asd", "--bandwidth", 1], ["--bandwidth", "--phi exact"]),
     (["--method", "bridge", "--lam-phi", 2], ["--lam-phi", "trained"]),
     (["--method", "bridge", "--bridge-steps", 0], ["--bridge-steps"]),
     (["--method", "lmc", "--corrective", "nowhere.safetensors"], ["nowhere", "train-corrective"]),
-    (["--generator", "network", "--pixels"], ["--generator network", "--pixels"]),
-    (["--generator", "network", "--init", "a.png"], ["--init"])])
+    (["--method", "vsd", "--generator", "network", "--pixels"], ["drop --init and --pixels"]),
+    (["--method", "vsd", "--generator", "network", "--init", "a.png"], ["--init"])])
 def test_mistake_is_one_line(cli, flags, parts):  # noqa: F811
     one_line(cli(*flags), *parts)
     assert not Path("run").exists()
 
 
-def test_asd_does_without_this_file(prior, monkeypatch):  # noqa: F811
-    monkeypatch.setitem(sys.modules, "variants", None)
-    assert runs.all_methods() == asd.METHODS
-    with pytest.raises(ValueError, match="'csd'.*noise, lora or embedding"):
-        asd.make_phi("csd", prior)
+@pytest.mark.parametrize("name", variants.ALL_PHIS)
+def test_no_option_is_swallowed(prior, untrained, name):  # noqa: F811
+    """A φ takes what it takes: a misspelt option is an error where a person makes one."""
+    method = replace(ROWS["exact"], phi=variants.ALL_PHIS[name])
+    with pytest.raises(TypeError, match="negtive"):
+        asd.make_phi(method, prior, PROMPT, negtive="blurry", **words_of(name, untrained))
 
 
-def test_make_phi_takes_one_prompt_or_all(prior):  # noqa: F811
-    words = {"lam": 40.0, "gamma": -1.0, "steps": 4}
+def test_a_phi_takes_one_prompt_or_all(prior):  # noqa: F811
     with pytest.raises(ValueError, match="made for its prompts"):
-        asd.make_phi("bridge", prior, **words)
-    assert len(asd.make_phi("bridge", prior, PROMPT, **words).plain) == 1
-    assert len(asd.make_phi("bridge", prior, [PROMPT, "a blue fox"], **words).plain) == 2
-    with pytest.raises(ValueError, match="csd, nfsd, bridge, lmc, exact"):
-        asd.make_phi("hyper", prior)
+        Bridge(prior, None, 40.0, 4)
+    assert len(Bridge(prior, PROMPT, 40.0, 4).plain) == 1
+    assert len(Bridge(prior, [PROMPT, "a blue fox"], 40.0, 4).plain) == 2
 
 
-def test_the_file_stays_small():
-    """A method is a row and at most one small class: 400 lines hold them all."""
-    assert len((HERE / "variants.py").read_text().splitlines()) < 400
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_on_cuda_goes_on(cli):
+    flags = ["--method", "vsd", "--generator", "network", "--device", "cuda"]
+    assert cli(*flags, "--steps", 2)[0] == 0
+    assert cli("--resume", "run", "--steps", 3)[0] == 0
 
 
 # --------------------------------------------------------------------------------- the figures
@@ -951,7 +962,7 @@ def test_bridge_figure(small_figures, monkeypatch, capsys):
 
 
 # ----------------------------------------------------------------------------------- benchmarks
-@pytest.mark.skipif(not (HERE / "tiny-sd/unet").is_dir(), reason="tiny-sd/ is not here")
+@pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(), reason="tiny/sd is not here")
 @pytest.mark.parametrize("name", ["sds", *ROWS])
 def test_time_of_a_step_of_tiny_sd(benchmark, tiny, untrained, name):  # noqa: F811
     method = replace((asd.METHODS | ROWS)[name], steps=0, t_min=0.25)

@@ -17,8 +17,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from asd import Prior, UserError
-from runs import Parser, moved_into, number, read_folder, read_image, usable, write_grid
+from phi import seeded
+from prior import Prior, UserError, ddim_samples
+from runs import (
+    Parser,
+    encode_folder,
+    moved_into,
+    number,
+    read_folder,
+    read_image,
+    usable,
+    write_grid,
+)
 
 DEFAULTS = {"network": False, "things": None, "batch": 8, "pictures": 64}
 
@@ -65,8 +75,6 @@ class Translator(nn.Module):
     def __init__(self, prior, sources, y, z, batch=8, rng=None, seed=0):
         super().__init__()
         from diffusers import UNet2DModel
-
-        from phi import seeded
         self.prior, self.sources, self.y, self.z, self.rng = prior, sources, y, z, rng
         self.cond_z = z[:1].repeat(batch, 1, 1)
         channels, height, _ = prior.shape
@@ -114,7 +122,6 @@ def source_latents(settings, prior, folder):
     if (folder / "config.json").exists() and path.exists():
         return load_file(path)["x0"].to(prior.device)
     if settings["image"] is None:
-        from variants import ddim_samples
         rng = torch.Generator().manual_seed(settings["seed"] ^ 1)
         x_T = torch.randn(settings["pictures"], *prior.shape, generator=rng)
         _, texts = prompts(settings)
@@ -122,8 +129,7 @@ def source_latents(settings, prior, folder):
         x0 = torch.cat([ddim_samples(prior, texts[i:i + 16], x_T[i:i + 16])
                         for i in range(0, len(x_T), 16)])
     else:
-        images = read_folder(settings["image"], prior.image_size)
-        x0 = torch.cat([prior.encode_image(part.to(prior.device)) for part in images.split(16)])
+        x0 = encode_folder(prior, settings["image"])
     x0 = x0.contiguous()                         # as it is read again: the layout decides bits
     folder.mkdir(parents=True, exist_ok=True)
     with moved_into(path) as temporary:

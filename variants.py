@@ -1,12 +1,12 @@
 """variants.py — the neighbours of ASD: Eq. 7 with another ε_φ, each a row of METHODS or a --phi.
 
-    python asd.py --method csd --negative "blurry" --prompt "a fox"
-    python asd.py --method nfsd --prompt "a fox"
-    python asd.py --method bridge --source-words "a drawing of {}" \\
-                  --target-words "a 3d render of {}" --init drawing.png --prompt "a fox"
-    python asd.py --method lmc --lam 2 --fixed-noise --prompt "a fox"
-    python asd.py --method asd --gamma -0.5 --phi exact --particles 16 --prompt "a fox"
-    python asd.py --method vsd --generator network --prompt "a fox" --prompt "a duck" --particles 4
+    python variants.py --method csd --negative "blurry" --prompt "a fox"
+    python variants.py --method nfsd --prompt "a fox"
+    python variants.py --method bridge --source-words "a drawing of {}" \\
+                       --target-words "a 3d render of {}" --init drawing.png --prompt "a fox"
+    python variants.py --method lmc --lam 2 --fixed-noise --prompt "a fox"
+    python variants.py --method asd --gamma -0.5 --phi exact --particles 16 --prompt "a fox"
+    python variants.py --method vsd --generator network --prompt "a fox" --particles 4
     python variants.py train-corrective --model tiny-sd --minutes 20      # for --method lmc
 
 | φ          | ε_φ that Eq. 7 subtracts                           | UNet evaluations | arXiv      |
@@ -18,15 +18,20 @@
 | Exact      | (E[ε | x_t] + γ ε_y) / (1 + γ) over the particles  | 2                | ours       |
 
 Evaluations are per particle and step. None of these φ is trained in the loop. Notation and shapes:
-asd.py. A φ with `prompts` is told the step and may change what the prior is asked. The equations
-need torch alone.
+asd.py. A φ with `prompts` is told the step and may change what the prior is asked. The rows of
+asd.py are offered, too: for --phi exact and --generator network.
 """
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from asd import Method, NoisePhi, add_noise, ask, cfg_noise, guidance_questions, optimal_eps_phi
+import asd
+import runs
+from asd import Method, NoisePhi, cfg_noise, optimal_eps_phi
+from phi import as_list, seeded
+from prior import Prior, UserError, ddim_samples, ode_end, one_step_x0
 
 # the published prompts: NFSD's as in SDS-Bridge's repository, SDS-Bridge's own
 NFSD_NEGATIVE = ("unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
@@ -53,39 +58,6 @@ def row_eps_phi(row, eps_y, eps_neg, eps_uncond, eps, lam):
     # ε_φ = ε_∅ + λ(ε_y − ε_∅) − (λ − 1) (cond ε_y + neg ε_neg + null ε_∅ + noise ε)
     bracket = cond * eps_y + neg * eps_neg + null * eps_uncond + noise * eps
     return cfg_noise(eps_uncond, eps_y, lam) - (lam - 1) * bracket
-
-
-def one_step_x0(x_t, eps, alpha_t, sigma_t):
-    """The denoised estimate that a noise prediction implies; with the added noise, x0 itself."""
-    # x̂0 = (x_t − σ ε) / α
-    return (x_t - sigma_t * eps) / alpha_t
-
-
-def ode_end(eps_of, x_t, t, steps, alpha_sigma, eps=None):
-    """Where the probability-flow ODE arrives from x_t at time t [B], by `steps` DDIM steps -> x0.
-
-    eps_of(x, t) -> ε; alpha_sigma(t) -> (α_t, σ_t); eps: ε at x_t, where it is known already. One
-    step is one_step_x0. Source: DDIM, arXiv 2010.02502, Eq. 12 with η = 0.
-    """
-    for k in range(steps, 0, -1):
-        now = t * k // steps
-        eps = eps_of(x_t, now) if eps is None else eps
-        x0 = one_step_x0(x_t, eps, *alpha_sigma(now))
-        # x_{t'} = α_{t'} x̂0 + σ_{t'} ε;  the last step goes to α = 1, σ = 0
-        x_t, eps = add_noise(x0, eps, *alpha_sigma(t * (k - 1) // steps)), None
-    return x0
-
-
-@torch.no_grad()
-def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
-    """Text-to-image by the deterministic DDIM sampler from noise x_T [B, C, H, W] -> x0."""
-    y, null = prior.encode_text(prompts), prior.encode_text([""])
-    t = torch.full((len(y),), prior.steps - 1, device=prior.device)
-
-    def eps_of(x, t):
-        said = ask(prior, guidance_questions(x, t, y, null, lam))
-        return cfg_noise(said[0], said[-1], lam)
-    return ode_end(eps_of, x_T.to(prior.device), t, steps, prior.alpha_sigma)
 
 
 def bridge_eps_phi(eps_source, eps_target, x0_source, x0_target, alpha_t, sigma_t, lam):
@@ -133,7 +105,7 @@ class CSD(NoisePhi):
     λ = 1, where the gradient (λ − 1)(ε_y − ε_∅) is zero.
     """
 
-    def __init__(self, prior, prompts, lam, steps, negative=None, schedule=None, **_):
+    def __init__(self, prior, prompts, lam, steps, negative=None, schedule=None):
         super().__init__()
         if lam == 1:
             raise ValueError("CSD has no gradient at --lam 1: it is (λ − 1)(ε_y − ε_∅)")
@@ -165,7 +137,7 @@ class NFSD(NoisePhi):
     Eq. 7's bracket is λ(ε_y − ε_∅) + δ_D with δ_D = ε_∅ for t < 200 of 1000, ε_∅ − ε_neg above.
     """
 
-    def __init__(self, prior, prompts, negative=NFSD_NEGATIVE, **_):
+    def __init__(self, prior, prompts, negative=NFSD_NEGATIVE):
         super().__init__()
         self.prior, self.texts = prior, [negative]
         self.negative = prior.encode_text([negative])
@@ -191,18 +163,19 @@ class Bridge(NoisePhi):
     """
 
     def __init__(self, prior, prompts, lam, steps, source_words=None, target_words=None,
-                 bridge_steps=1, bridge_start=None, **_):
+                 bridge_steps=1, bridge_start=None):
         super().__init__()
-        if not prompts:
-            raise ValueError("phi 'bridge' is made for its prompts: make_phi('bridge', prior, …)")
+        if not as_list(prompts):
+            raise ValueError("SDS-Bridge's φ is made for its prompts: Bridge(prior, prompts, …)")
         start = bridge_start if bridge_start is not None else 0.5 if source_words is None else 0.0
         words = [BRIDGE_SOURCE if source_words is None else source_words,
                  BRIDGE_TARGET if target_words is None else target_words]
         self.prior, self.lam, self.ode_steps = prior, lam, bridge_steps
         self.first, self.bridging, self.texts = round(start * steps), False, words
-        self.plain = prior.encode_text(prompts)
+        self.plain = prior.encode_text(as_list(prompts))
         self.source, self.target = (
-            prior.encode_text([with_words(prompt, extra) for prompt in prompts]) for extra in words)
+            prior.encode_text([with_words(prompt, extra) for prompt in as_list(prompts)])
+            for extra in words)
 
     def prompts(self, step, y, null):
         self.bridging = step >= self.first
@@ -247,13 +220,13 @@ class Corrective(NoisePhi):
     estimate x̂0: a blurred x0, even for a perfect picture. b_k(x0, t) ≈ E[x̂0 | x0, t] is blurred in
     the same way, so (α/σ)(b_k − x̂0) is zero on average at pictures the prior knows, and λ may be
     small. From the paper's abstract: a shallow network, trained beforehand, that imitates the
-    prior's bias at each t. Ours: the network, its data, its loss's weight (corrective.py), that no
-    gradient goes through it, λ = 2.
+    prior's bias at each t. Ours: the network, its data, its loss's weight (all in
+    tiny/corrective.py), that no gradient goes through it, λ = 2.
     """
 
-    def __init__(self, prior, prompts, corrective=None, **_):
+    def __init__(self, prior, prompts, corrective=None):
         super().__init__()
-        from corrective import load_bias
+        from tiny.corrective import load_bias
         self.prior = prior
         self.b_k = load_bias(prior, corrective).to(prior.device).requires_grad_(False).eval()
 
@@ -273,7 +246,7 @@ class Exact(NoisePhi):
     """
     whole = True                          # the loop gives it all particles at once
 
-    def __init__(self, prior, prompts, gamma, bandwidth=0.0, **_):
+    def __init__(self, prior, prompts, gamma, bandwidth=0.0):
         super().__init__()
         if gamma <= -1:
             raise ValueError(f"an exact φ is the minimiser of Eq. 10, which has none at --gamma "
@@ -290,20 +263,11 @@ class Exact(NoisePhi):
 
 PHIS = {"csd": CSD, "nfsd": NFSD, "bridge": Bridge, "lmc": Corrective, "exact": Exact}
 METHODS = {
-    "csd": Method(phi="csd"),                          # λ is only a factor, which Adam divides out
-    "nfsd": Method(phi="nfsd"),
-    "bridge": Method(phi="bridge"),                    # its repository: λ = 40 in both stages
-    "lmc": Method(phi="lmc", lam=2.0),
+    "csd": Method(phi=CSD),                            # λ is only a factor, which Adam divides out
+    "nfsd": Method(phi=NFSD),
+    "bridge": Method(phi=Bridge),                      # its repository: λ = 40 in both stages
+    "lmc": Method(phi=Corrective, lam=2.0),
 }
-
-
-def make_phi(kind, prior, prompts, **words):
-    """A name of PHIS -> φ, told what it takes of `words`; those that are None keep its default.
-
-    prompts: every prompt the run can ask. words: lam, gamma, steps of the run, negative, …
-    """
-    given = {name: value for name, value in words.items() if value is not None}
-    return PHIS[kind](prior, prompts, **given)
 
 
 # --------------------------------------------------------------------------- the one-step generator
@@ -317,8 +281,6 @@ class Network(nn.Module):
     def __init__(self, prior, cond, rng, widths=(32, 64)):
         super().__init__()
         from diffusers import UNet2DConditionModel
-
-        from phi import seeded
         self.prior, self.cond, self.rng = prior, cond.float(), rng
         with seeded(int(torch.randint(2 ** 31, (), generator=rng))):
             unet = UNet2DConditionModel(
@@ -348,10 +310,156 @@ class Network(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- command line
+def all_methods():
+    """The paper's rows and these."""
+    return asd.METHODS | METHODS
+
+
+ALL_PHIS = asd.PHIS | PHIS
+OPTIONS = ("negative", "source_words", "target_words", "bridge_steps", "bridge_start", "bandwidth",
+           "corrective")                       # what only some φ are told
+
+
+def add_options(add):
+    add("--negative", metavar="TEXT", help="csd, nfsd: the negative prompt")
+    add("--source-words", metavar="TEXT", help="bridge: what the pictures are; {} is the prompt")
+    add("--target-words", metavar="TEXT", help="bridge: what is wanted of them; {} is the prompt")
+    add("--bridge-steps", type=runs.number(int, 1), help="bridge: steps of its ODEs (default 1)")
+    add("--bridge-start", type=runs.number(float, 0, 1), help="bridge: where it begins, a fraction "
+        "of the steps (default 0.5; with --source-words 0)")
+    add("--bandwidth", type=runs.number(float, 0, 1e30), help="--phi exact: each particle's blur h")
+    add("--corrective", metavar="FILE", help="lmc: its network (default: the embedded model's)")
+
+
+def add_flags(add):
+    runs.picture_flags(add)
+    add_options(add)
+    add("--generator", choices=["latents", "network"], help="network: learn to make all at once")
+
+
+def check(settings):
+    """What can be said before anything is loaded."""
+    if settings["generator"] == "network" and (settings["init"] or settings["pixels"]):
+        raise UserError("--generator network makes latents of noise: drop --init and --pixels")
+
+
+def build(settings, prior, method, rng, folder, anew):
+    """As asd.py does, or the network that makes all pictures. -> (State, y)"""
+    if settings["generator"] == "latents":
+        return asd.build(settings, prior, method, rng, folder, anew)
+    y = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
+    phi = method.phi(prior, settings["prompt"], **runs.told(settings, method.phi))
+    return asd.State(Network(prior, y, rng), phi, method, rng), y
+
+
+def train_corrective(args):
+    """Sample (or read) pictures, train b_k on them, write it. Resumes; see tiny/training.py."""
+    from tiny import corrective
+    from tiny.data import DATA
+    torch.manual_seed(args.seed)
+    name = Path(args.model).name
+    if args.out is None and name != "tiny-sd":
+        raise UserError(f"--model {args.model} needs an --out FILE of its own: "
+                        f"{corrective.OWN.name} is tiny-sd's")
+    out = Path(args.out or corrective.OWN)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prior = Prior.from_pretrained(args.model, runs.usable(args.device))
+    # what was made with other weights, words or settings is never taken for this
+    unet = corrective.fingerprint(*prior.unet.parameters())
+    prompts = read_lines(args.prompts) if args.prompts else []
+    DATA.mkdir(exist_ok=True)
+
+    def sample(made, n):
+        asked = [prompts[(made + i) % len(prompts)] for i in range(n)] if prompts else [""] * n
+        noise = torch.Generator().manual_seed(args.seed + made)
+        x_T = torch.randn(n, *prior.shape, generator=noise)
+        return ddim_samples(prior, asked, x_T, args.ddim, 3.0 if prompts else 1.0)
+    if args.images:
+        pictures = runs.encode_folder(prior, args.images).cpu()
+    else:
+        made_by = corrective.fingerprint(unet, prompts, args.ddim, args.seed, args.batch)
+        pictures = corrective.kept_samples(
+            DATA / f"corrective-{name}-{made_by}.samples.safetensors", args.samples, args.batch,
+            sample, torch.empty(0, *prior.shape))
+    null = prior.encode_text([""]).expand(args.batch, -1, -1)
+
+    def draws(step):
+        """b_k's lessons from this step on: (x0, t, x̂0, α_t, σ_t), x̂0 the prior's without prompt."""
+        rng = torch.Generator().manual_seed(args.seed + step)
+
+        def draw():
+            x0 = pictures[torch.randint(len(pictures), (args.batch,), generator=rng)]
+            x0 = x0.to(prior.device)
+            t, eps = asd.draw(rng, x0, 0, prior.steps - 1)
+            return x0, t, *estimate(prior, x0, t, eps, null)
+        return draw
+    run = corrective.fingerprint(unet, pictures, args.lr, args.seed, args.batch)
+    network = corrective.train(DATA / f"corrective-{name}-{run}.checkpoint.safetensors",
+                               prior.shape[0], draws, args.lr, args.minutes, str(prior.device))
+    corrective.save_bias(network, out, model=name, unet=unet)
+    print(out)
+
+
+@torch.no_grad()
+def estimate(prior, x0, t, eps, null):
+    """-> (x̂0 of the noised x0 without prompt, α_t, σ_t)."""
+    levels = prior.alpha_sigma(t)
+    x_t = asd.add_noise(x0, eps, *levels)
+    return one_step_x0(x_t, prior.eps(x_t, t, null), *levels), *levels
+
+
+def read_lines(path):
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise UserError(f"{path} holds no prompt: one per line is needed")
+    return lines
+
+
+def corrective_main(argv):
+    """`python variants.py train-corrective …`. -> exit status."""
+    from safetensors import SafetensorError
+    parser = runs.Parser(prog="variants.py", description="Train LMC-SDS's corrective b_k(x0, t).")
+    parser.add_argument("task", choices=["train-corrective"])
+    add, number = parser.add_argument, runs.number
+    add("--model", default="tiny-sd", help='"tiny-sd", a diffusers folder or a hub name')
+    add("--minutes", type=number(float, 1e-3), default=20.0, help="of training (default 20)")
+    add("--images", metavar="DIR", help="pictures to learn from (default: the prior's samples)")
+    add("--prompts", metavar="FILE", help="a prompt per line for the samples (default: none)")
+    add("--samples", type=number(int, 1), default=512, help="how many to make (default 512)")
+    add("--ddim", type=number(int, 1), default=25, help="steps to a sample (default 25)")
+    add("--batch", type=number(int, 1), default=16, help="pictures per step (default 16)")
+    add("--lr", type=number(float, 0, 1), default=2e-3, help="AdamW's (default 2e-3)")
+    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of all randomness (default 0)")
+    add("--device", default="auto", help="default auto: cuda where there is one")
+    add("--out", metavar="FILE", help="where to (default, of tiny-sd: in tiny/)")
+    try:
+        train_corrective(parser.parse_args(argv))
+    except (UserError, OSError, SafetensorError, FloatingPointError) as mistake:   # a full disk
+        print(f"variants.py: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nvariants.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main(argv=None):
-    """`python variants.py train-corrective …`: corrective.py, where LMC-SDS's network is."""
-    import corrective
-    return corrective.main(argv)
+    """`python variants.py --method …`, and train-corrective. -> exit status."""
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["train-corrective"]:
+        return corrective_main(given)
+    return runs.main(runs.Command(
+        "variants.py", "Make pictures of prompts by the neighbours of Adversarial Score "
+        "Distillation. To train what LMC-SDS needs: train-corrective --help.",
+        METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill, default=None,
+        add_flags=add_flags, options=OPTIONS, check=check, defaults={
+            "particles": 1, "init": None, "pixels": False, "generator": "latents"}), given)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import solids
-from solids import COLORS, KINDS, RADIUS, camera_to_world, caption, rays, render, sdf, view_word
+from nerf import camera_to_world, rays
+from tiny import solids
+from tiny.solids import COLORS, KINDS, RADIUS, caption, sdf, view_word
 
 quick = settings(max_examples=40, deadline=None)
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -22,6 +23,11 @@ def cloud(seed, n=512, radius=1.3):
     v = torch.randn(n, 3, generator=g, dtype=torch.float64)
     r = radius * torch.rand(n, 1, generator=g, dtype=torch.float64) ** (1 / 3)
     return r * v / v.norm(dim=1, keepdim=True)
+
+
+def render(kinds, colors, c2w, fovy=40.0, size=64, supersample=3):
+    """solids.render from nerf.py's cameras."""
+    return solids.render(kinds, colors, lambda n: rays(c2w, fovy, n), size, supersample)
 
 
 def triple(points):
@@ -121,30 +127,6 @@ def test_polygon_is_the_nearest_edge_with_the_sign_of_the_winding(n, seed):
     winding = torch.angle(around.roll(-1, 1) / around).sum(1).abs() / (2 * math.pi)
     got = solids.polygon(p[:, 0], p[:, 1], corner.tolist())
     torch.testing.assert_close(got, torch.where(winding > 0.5, -brute, brute), atol=1e-3, rtol=0)
-
-
-# ---- cameras -------------------------------------------------------------------------------------
-
-@quick
-@given(st.floats(-90, 90), st.floats(-720, 720), st.floats(1, 9))
-def test_camera_looks_at_the_origin_upright(elevation, azimuth, distance):
-    m = camera_to_world(*torch.tensor([elevation, azimuth, distance], dtype=torch.float64))[0]
-    right, up, back, position = m[:3].T
-    torch.testing.assert_close(m[:3, :3].T @ m[:3, :3], torch.eye(3, dtype=m.dtype))
-    torch.testing.assert_close(torch.linalg.cross(right, up), back)
-    torch.testing.assert_close(position, distance * back)
-    assert right[2] == 0 and up[2] >= -1e-12
-    assert position[2].item() == pytest.approx(distance * math.sin(math.radians(elevation)))
-
-
-def test_azimuth_zero_is_in_front_and_sees_left_as_left():
-    m = camera_to_world(0, torch.tensor([0., 90.]), 2)
-    torch.testing.assert_close(m[:, :3, 3], torch.tensor([[2., 0, 0], [0, 2., 0]]))
-    o, d = rays(m, 90.0, 2)
-    torch.testing.assert_close(o[0, 0, 0], torch.tensor([2., 0, 0]))
-    # Pixel (row 0, column 1), up and to the right: towards −x, +y, +z, at tan 45° / 2 off the axis.
-    torch.testing.assert_close(d[0, 0, 1], torch.tensor([-1, .5, .5]) / math.sqrt(1.5))
-    torch.testing.assert_close(d.norm(dim=-1), torch.ones(2, 2, 2))
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -259,3 +241,9 @@ def test_unknown_words_are_refused():
         caption("ball", "mauve")
     with pytest.raises(ValueError, match="2 kinds, 1 colours"):
         render(["ball", "cube"], ["red"], camera_to_world(0, 0, 3))
+
+
+def test_solids_are_found():
+    assert solids.find_solid("a red mug") == solids.find_solid("Red mug") == ("mug", "red")
+    assert solids.find_solid("an orange teddy bear") == ("teddy bear", "orange")
+    assert solids.find_solid("mug") == ("mug", "red") and solids.find_solid("a red fox") is None

@@ -1,13 +1,13 @@
 """Posed pictures of simple solids, with ground truth: signed distance functions and sphere tracing.
 
-    c2w = camera_to_world(20.0, 45.0, 2.7)           # elevation, azimuth, distance
-    picture = render(["mug"], ["red"], c2w)          # .rgb, .opacity, .depth
+    picture = render(["mug"], ["red"], lambda n: (origins, directions))     # [1, n, n, 3] each
+    picture.rgb, picture.opacity, picture.depth
 
-Training data for tiny_sd.py («a red mug, front view» with the picture it describes) and the ground
-truth nerf.py is measured against: the picture, its mask, its depth and the surface are all known.
+Training data for tiny/sd («a red mug, front view» with the picture it describes) and the ground
+truth a NeRF is measured against: the picture, its mask, its depth and the surface are all known.
 
 World: z is up, an object's front faces +x, and it fits the ball of radius 0.9 about the origin.
-Camera: OpenGL/Blender (x right, y up, looks down −z), the same as a NeRF transforms.json.
+The rays come from whoever looks: nerf.py, or `around` in make.py for the training data.
 Shading is diffuse and the lights stay with the object, so a surface point has one colour in all
 views: what a NeRF without view dependence can fit exactly.
 
@@ -19,12 +19,11 @@ Speed: 1000 pictures of 64×64 take about 20 s on one core. Where other programs
 OMP_NUM_THREADS=1 keeps threads from waiting for each other.
 """
 import math
+import re
 from functools import reduce
 from typing import NamedTuple
 
 import torch
-
-from nerf import rays
 
 COLORS = {
     "red": (0.88, 0.10, 0.10), "orange": (1.00, 0.50, 0.05), "yellow": (1.00, 0.86, 0.10),
@@ -419,26 +418,7 @@ def part_color(color, body):
     return color
 
 
-# ---- cameras and words ---------------------------------------------------------------------------
-
-def camera_to_world(elevation_deg, azimuth_deg, distance):
-    """Matrices [B, 4, 4] of cameras that look at the origin; inputs are floats or [B].
-
-    The position is distance · (cos θ cos φ, cos θ sin φ, sin θ): azimuth φ = 0 looks at the front,
-    90° has the object's front to the left, elevation θ = 90° looks straight down.
-    """
-    pose = (elevation_deg, azimuth_deg, distance)
-    like = next((v for v in pose if torch.is_tensor(v) and v.is_floating_point()), torch.ones(1))
-    theta, phi, r = torch.broadcast_tensors(
-        *(torch.as_tensor(v).to(like).reshape(-1) for v in pose))
-    theta, phi = torch.deg2rad(theta), torch.deg2rad(torch.remainder(phi, 360))
-    zero, one = torch.zeros_like(r), torch.ones_like(r)
-    back = torch.stack([theta.cos() * phi.cos(), theta.cos() * phi.sin(), theta.sin(), zero], -1)
-    right = torch.stack([-phi.sin(), phi.cos(), zero, zero], -1)
-    up = torch.stack([-theta.sin() * phi.cos(), -theta.sin() * phi.sin(), theta.cos(), zero], -1)
-    position = back * r[:, None] + torch.stack([zero, zero, zero, one], -1)
-    return torch.stack([right, up, back, position], -1)
-
+# ---- words --------------------------------------------------------------------------------------
 
 def view_word(elevation_deg, azimuth_deg):
     """One of VIEWS, as in DreamFusion and threestudio.
@@ -460,6 +440,15 @@ def caption(kind, color, elevation_deg=None, azimuth_deg=None):
     if elevation_deg is None or azimuth_deg is None:
         return text
     return f"{text}, {view_word(elevation_deg, azimuth_deg)} view"
+
+
+def find_solid(text):
+    """A text such as "mug", "red mug" or "a red mug" -> (kind, colour), or None."""
+    words = re.sub(r"^an? ", "", text.strip().lower())
+    color, _, kind = words.partition(" ")
+    if color in COLORS and kind in KINDS:
+        return kind, color
+    return (words, "red") if words in KINDS else None
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -544,41 +533,44 @@ def cast(kind, origins, directions, palette, picture):
 
 
 @torch.no_grad()
-def render(kinds, colors, c2w, fovy_deg=40.0, size=64, supersample=3):
+def render(kinds, colors, rays, size=64, supersample=3):
     """A Picture of B solids, one per camera.
 
-    kinds, colors: B names each; c2w [B, 4, 4]; fovy_deg the full vertical angle. Every pixel's
-    centre is traced; pixels where the colour changes are then averaged over supersample² rays (1:
-    none). Raises ValueError for an unknown kind or colour, or where the lengths differ.
+    kinds, colors: B names each; rays(n) -> origins, unit directions [B, n, n, 3] through the n × n
+    pixels' centres of the B cameras. Every pixel's centre is traced; pixels where the colour
+    changes are then averaged over supersample² rays (1: none). Raises ValueError for an unknown
+    kind or colour, or where the lengths differ.
     """
-    B = len(c2w)
+    coarse = rays(size)
+    fine = coarse if supersample == 1 else rays(supersample * size)
+    B, like = len(coarse[0]), coarse[0]
     if not len(kinds) == len(colors) == B:
         raise ValueError(f"{len(kinds)} kinds, {len(colors)} colours and {B} cameras: "
                          "there must be one of each per picture")
     body = [lookup(COLORS, c, "colour") for c in colors]
-    seen = c2w.new_empty(B, size, size, 5)                  # RGB, opacity, depth
+    seen = like.new_empty(B, size, size, 5)                 # RGB, opacity, depth
     for kind in dict.fromkeys(kinds):
         which = [i for i, k in enumerate(kinds) if k == kind]
-        painted = [c for _, c in parts(kind, c2w.new_zeros(3, 1).unbind())]
-        palette = c2w.new_tensor([[part_color(c, body[i]) for c in painted] for i in which])
-        seen[which] = _render_kind(kind, palette, c2w[which], fovy_deg, size, supersample)
+        painted = [c for _, c in parts(kind, like.new_zeros(3, 1).unbind())]
+        palette = like.new_tensor([[part_color(c, body[i]) for c in painted] for i in which])
+        seen[which] = _render_kind(kind, palette, *([v[which] for v in both]
+                                                    for both in (coarse, fine)))
     return Picture(*(v.contiguous() for v in seen.movedim(-1, 1).split((3, 1, 1), 1)))
 
 
-def _render_kind(kind, palette, c2w, fovy_deg, size, supersample):
-    """RGB, opacity and depth [B, H, W, 5] of B pictures of one kind."""
-    index = torch.arange(len(c2w), device=c2w.device)[:, None, None].expand(-1, size, size)
-    o, d = rays(c2w, fovy_deg, size)
+def _render_kind(kind, palette, coarse, fine):
+    """RGB, opacity and depth [B, H, W, 5] of B pictures of one kind; rays, and finer ones."""
+    (o, d), size, n = coarse, coarse[0].shape[1], fine[0].shape[1] // coarse[0].shape[1]
+    index = torch.arange(len(o), device=o.device)[:, None, None].expand(-1, size, size)
     seen = cast(kind, o.reshape(-1, 3), d.reshape(-1, 3), palette, index.flatten()) \
-        .view(len(c2w), size, size, 5)
-    if supersample == 1:
+        .view(len(o), size, size, 5)
+    if n == 1:
         return seen
     color = seen[..., :4].movedim(-1, 1)
     pool = lambda v: torch.nn.functional.max_pool2d(v, 3, 1, 1)
     edge = (pool(color) + pool(-color) > 0.06).any(1)       # max − min over the 3×3 neighbours
-    n = supersample
     o, d = (v.unflatten(2, (size, n)).unflatten(1, (size, n)).transpose(2, 3)[edge]
-            for v in rays(c2w, fovy_deg, n * size))         # [pixels, n, n, 3]
+            for v in fine)                                  # [pixels, n, n, 3]
     finer = cast(kind, o.reshape(-1, 3), d.reshape(-1, 3), palette,
                  index[edge].repeat_interleave(n * n))
     mean = seen[edge]

@@ -1,0 +1,126 @@
+"""The house: who may import whom, what no file may do, and which files can be copied out alone."""
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+# from the top floor down: a file imports, even lazily, only from floors below its own
+FLOORS = """
+reproduce
+editing text_to_3d
+variants translation
+asd nerf
+phi export
+runs
+prior nerf_kernels conftest
+tiny.make tiny.corrective
+tiny.data
+tiny.solids tiny.judge tiny.training
+tiny
+"""
+FLOOR = {name: -i for i, names in enumerate(FLOORS.split("\n")) for name in names.split()}
+
+
+def modules():
+    """{name: path} of all that is no test."""
+    paths = [*HERE.glob("*.py"), *(HERE / "tiny").glob("*.py")]
+    named = {".".join(path.relative_to(HERE).with_suffix("").parts): path for path in paths
+             if not path.name.startswith("test_")}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+MODULES = modules()
+
+
+def imported(path):
+    """The modules of this repository that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found & MODULES.keys()
+
+
+def test_every_arrow_points_down():
+    assert MODULES.keys() == FLOOR.keys()
+    upward = [f"{name} -> {other}" for name, path in MODULES.items() for other in imported(path)
+              if FLOOR[other] >= FLOOR[name]]
+    assert not upward
+
+
+def test_no_circle():
+    """Of the graph itself, whatever FLOORS says."""
+    try:
+        TopologicalSorter({name: imported(path) for name, path in MODULES.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(f"{error.args[1]}")
+
+
+def test_a_newcomer_sees_the_paper_first():
+    """At most twelve modules at the top level, none above 600 lines."""
+    assert len([name for name in MODULES if "." not in name and name not in ("conftest", "tiny")]) \
+        <= 12
+    assert not [name for name, path in MODULES.items()
+                if len(path.read_text("utf-8").splitlines()) > 600]
+
+
+FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
+             "torch.load", "torch.save", "torch.hub", "numpy.load", "np.load", "eval", "exec"}
+ALLOWED_ONLY = {"weights_only": True, "allow_pickle": False, "trust_remote_code": False,
+                "use_safetensors": True}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_is_ever_unpickled(name):
+    """Neither the modules that do, nor torch.load, nor eval, nor a flag that asks a library to."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
+        used = set()
+        if isinstance(node, ast.Import):
+            used = {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used = {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, (ast.Attribute, ast.Name)):
+            used = {ast.unparse(node)}
+        elif isinstance(node, ast.Call):
+            for word in node.keywords:
+                if word.arg in ALLOWED_ONLY:
+                    asked = ast.unparse(word.value)
+                    assert asked == repr(ALLOWED_ONLY[word.arg]), ast.unparse(node)
+        assert not used & FORBIDDEN, ast.unparse(node)
+
+
+@pytest.mark.parametrize("files, source", [
+    ("asd.py", "import asd; asd.generator_grad; asd.distill"),
+    ("nerf.py", "import nerf; nerf.NeRF()"),
+    ("phi.py prior.py", "import phi, prior; phi.NoisePhi(); prior.Prior"),
+    ("asd.py editing.py", "import editing; editing.METHODS; editing.editing_grad"),
+    ("nerf.py nerf_kernels.py", "import nerf")])
+def test_copied_into_an_empty_folder(files, source, tmp_path):
+    """… a file imports without the rest of the house, with torch alone."""
+    for file in files.split():
+        shutil.copy(HERE / file, tmp_path)
+    heavy = ("diffusers", "transformers", "peft", "safetensors", "PIL", "triton")
+    source = f"import sys; sys.modules.update(dict.fromkeys({heavy})); {source}"
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=clean, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file", ["asd", "variants", "editing", "text_to_3d", "nerf", "tiny/make"])
+def test_a_command_is_not_loaded_twice(file):
+    """What runs is the module itself: nothing that it imports imports it again."""
+    done = subprocess.run([sys.executable, "-X", "importtime", HERE / f"{file}.py", "--help"],
+                          capture_output=True, text=True)
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert done.returncode == 0 and "usage: " + Path(file).name in done.stdout
+    assert "torch" in loaded and not loaded & {file, file.replace("/", ".")}

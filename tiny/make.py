@@ -1,0 +1,504 @@
+"""make.py — makes tiny/sd, a small text-to-image diffusion model, and tiny/clip, its judge.
+
+    python tiny/make.py data                          # pictures and captions -> data/  (needs npm)
+    python tiny/make.py train unet                    # goes on until it is stopped, …
+    python tiny/make.py train unet --minutes 0 --decay 30         # … and so it ends: -> tiny/sd
+    python tiny/make.py evaluate                      # the numbers of the model cards
+    python tiny/make.py sample "a flat icon of a fox" # a picture; without a prompt: a contact sheet
+
+Only people who retrain need this file; everybody else loads the finished folders:
+`StableDiffusionPipeline.from_pretrained("tiny/sd")` is an ordinary Stable Diffusion in miniature
+(64 x 64 pictures, 4 x 16 x 16 latents, 1000 steps, scaled-linear betas, predicts the noise).
+
+There are four parts to train: vae, its decoder alone, unet (with the text encoder), clip. Each
+starts from the weights in its folder, where there are any, on the pictures of data.py, and can be
+killed at any time (training.py).
+"""
+import argparse
+import copy
+import functools
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # for python tiny/make.py
+
+from tiny import data, solids
+from tiny.data import STYLES, articled, jitter, load_data
+from tiny.judge import CONTEXT, clip_pixels, image_features, load_clip, text_features, tokenize
+from tiny.training import Trainer
+
+HERE = Path(__file__).resolve().parent
+
+# ------------------------------------------------------------------------------------- networks
+def make_tokenizer(captions, folder):
+    """CLIP's byte-level BPE trained on the captions, so that each of their words is one token.
+
+    Writes vocab.json and merges.txt in CLIP's format and returns the CLIPTokenizer.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=30000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters,
+        show_progress=False))
+    merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" "))
+              for m in json.loads(bpe.to_str())["model"]["merges"]]
+    # any text can be spelled out: all bytes, alone and at a word's end, come before the merges
+    tokens = letters + [c + "</w>" for c in letters] + ["".join(m) for m in merges]
+    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)},
+                                                  ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2"] + [" ".join(m) for m in merges]))
+    (folder / "tokenizer.json").unlink(missing_ok=True)      # it would be read before the two
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=CONTEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def text_config(tokenizer):
+    """Settings shared by the two text encoders: 3 layers of width 128."""
+    return {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 512,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": CONTEXT,
+            "projection_dim": 128, "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+
+
+def make_vae():
+    """64 x 64 x 3 -> 16 x 16 x 4."""
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 48, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16,
+        sample_size=64, scaling_factor=1.0, mid_block_add_attention=False)
+
+
+def make_unet():
+    """10.9 M parameters; cross-attention at 8 x 8 and 4 x 4; heads of 32 channels."""
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 192),
+        layers_per_block=1, cross_attention_dim=128, attention_head_dim=(2, 4, 6),   # = heads
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+
+
+def data_tokenizer(rows):
+    """The captions' tokenizer, made once: ties between merges are not broken alike every time."""
+    from transformers import CLIPTokenizer
+    if (data.DATA / "tokenizer" / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(data.DATA / "tokenizer", model_max_length=CONTEXT)
+    return make_tokenizer([c for row in rows for c in row["captions"]], data.DATA / "tokenizer")
+
+
+def make_text_encoder(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    return CLIPTextModel(CLIPTextConfig(**text_config(tokenizer)))
+
+
+def make_clip(tokenizer):
+    """A judge of under 3 M parameters: ViT of 6 layers on 16 x 16 patches, text of 3 layers."""
+    from transformers import CLIPConfig, CLIPModel
+    vision = {"image_size": 64, "patch_size": 16, "hidden_size": 160, "intermediate_size": 640,
+              "num_hidden_layers": 6, "num_attention_heads": 5, "projection_dim": 128}
+    return CLIPModel(CLIPConfig(text_config=text_config(tokenizer), vision_config=vision,
+                                projection_dim=128))
+
+
+def make_scheduler():
+    """Stable Diffusion's noise schedule."""
+    from diffusers import DDIMScheduler
+    return DDIMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                         beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+                         steps_offset=1, prediction_type="epsilon")
+
+
+# ------------------------------------------------------------------------------------- training
+def load_pipeline(folder, device, new=None):
+    """The StableDiffusionPipeline in `folder`, in float32; where there is none, new()."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+    if not (Path(folder) / "model_index.json").exists():
+        if new is None:
+            raise FileNotFoundError(f"{folder} holds no pipeline: `python tiny/make.py train` "
+                                    "makes it")
+        return new().to(device)
+    logging.disable_progress_bar()
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder), local_files_only=True,
+                                                   use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def new_pipeline(rows):
+    """Untrained, of make_…() above."""
+    from diffusers import StableDiffusionPipeline
+    tokenizer = data_tokenizer(rows)
+    return StableDiffusionPipeline(
+        vae=make_vae(), text_encoder=make_text_encoder(tokenizer), tokenizer=tokenizer,
+        unet=make_unet(), scheduler=make_scheduler(), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+
+
+def trainer(args, module, lr, ema_decay=0.999):
+    """A Trainer of args.part; draws begin anew where it begins."""
+    module.train().requires_grad_(True)
+    made = Trainer(data.DATA / f"{args.part}.checkpoint.safetensors", module, lr, args.minutes,
+                   args.decay, ema_decay, args.device)
+    torch.manual_seed(args.seed + made.step)
+    return made
+
+
+def train_vae(args, pipe, pictures, rows):
+    """L1 + L1 of finite differences (edges) + a whisper of KL."""
+    vae, pictures = pipe.vae, not_held_out(pictures, rows).to(args.device)
+    training = trainer(args, vae, 2e-3, ema_decay=0.99)
+
+    def loss_function():
+        x = sharp_and_jittered(pictures)
+        posterior = vae.encode(2 * x - 1).latent_dist
+        loss, terms = picture_loss(vae.decode(posterior.sample()).sample, x)
+        return loss + 1e-5 * posterior.kl().mean() / 64, terms
+    training.run(loss_function)
+    normalize_latents(vae, pictures)
+
+
+def train_decoder(args, pipe, pictures, rows):
+    """The VAE's decoder alone, with PSNR itself in the loss: the latents stay what they are."""
+    vae, pictures = pipe.vae.requires_grad_(False), not_held_out(pictures, rows).to(args.device)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    training = trainer(args, decoder, 1e-3, ema_decay=0.99)
+
+    def loss_function():
+        x = sharp_and_jittered(pictures)
+        recon = vae.decode(vae.encode(2 * x - 1).latent_dist.mean).sample
+        loss, terms = picture_loss(recon, x)
+        psnr = -10 * (recon / 2 + 0.5 - x).square().mean((1, 2, 3)).log10().mean()
+        return loss - 0.005 * psnr, terms | {"psnr": psnr.detach()}
+    training.run(loss_function)
+
+
+def not_held_out(pictures, rows):
+    return pictures[[i for i, row in enumerate(rows) if not row["held_out"]]]
+
+
+def sharp_and_jittered(pictures, batch=8):
+    """A random batch in [0, 1]; jitter() interpolates, which blurs: half of it stays as it is."""
+    x = pictures[torch.randint(len(pictures), (batch,))].float() / 255
+    x[batch // 2:] = jitter(x[batch // 2:])
+    return x
+
+
+def picture_loss(recon, x):
+    """L1 and L1 of finite differences (edges), of a VAE output in [-1, 1] and x in [0, 1]."""
+    recon = recon / 2 + 0.5
+    l1 = (recon - x).abs().mean()
+    edges = sum((recon.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+    return l1 + 0.5 * edges, {"l1": l1.detach(), "edges": edges.detach()}
+
+
+@torch.no_grad()
+def normalize_latents(vae, pictures):
+    """Give every latent channel mean 0 and variance 1, exactly, inside the two 1 x 1 convolutions.
+
+    z' = (z − m)/s is folded into quant_conv and z = s z' + m into post_quant_conv: the decoder sees
+    what it saw before, scaling_factor is 1, and unit-variance noise fits every channel.
+    """
+    z = torch.cat([vae.encode(2 * p.float() / 255 - 1).latent_dist.mean
+                   for p in pictures[:2000].split(100)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    into, out = vae.quant_conv, vae.post_quant_conv
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight *= std[None, :, None, None]
+    into.bias[:4] -= mean
+    into.bias[:4] /= std
+    into.weight[:4] /= std[:, None, None, None]
+    into.bias[4:] -= 2 * std.log()            # the second half of the channels is log σ²
+
+
+@torch.no_grad()
+def cached_latents(vae, pictures, device, variants=4):
+    """[variants, N, 4, 16, 16]: as they are, then flipped, shifted, scaled a little."""
+    versions = []
+    for variant in range(variants):
+        latents = []
+        for p in tqdm(pictures.split(100), desc=f"latents {variant + 1}/{variants}"):
+            x = p.to(device).float() / 255
+            x = x if variant == 0 else jitter(x)
+            latents.append(vae.encode(2 * x - 1).latent_dist.mean)
+        versions.append(torch.cat(latents))
+    return torch.stack(versions)
+
+
+def train_unet(args, pipe, pictures, rows):
+    """UNet and text encoder together on cached latents; 10 % of the captions are null."""
+    unet, text_encoder, scheduler = pipe.unet, pipe.text_encoder, pipe.scheduler
+    training = trainer(args, torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
+                       8e-4)
+    latents = cached_latents(pipe.vae, pictures, args.device)
+    ids = torch.stack([tokenize(pipe.tokenizer, [row["captions"][k] for row in rows])
+                       for k in (0, 1)]).to(args.device)
+    null = tokenize(pipe.tokenizer, [""]).to(args.device)
+    alpha_bar = scheduler.alphas_cumprod.to(args.device)
+    solid = torch.tensor([row["style"] == "solid" for row in rows])
+
+    def loss_function():
+        row = torch.multinomial(torch.where(solid, 0.3, 1.0), 64, replacement=True)
+        # 80 % of the solids' captions name the view, 70 % of the emoji's the style
+        short = (torch.rand(len(row)) < torch.where(solid[row], 0.2, 0.3)).long()
+        row, short = row.to(args.device), short.to(args.device)
+        x0 = latents[torch.randint(len(latents), row.shape, device=row.device), row]
+        dropped = torch.rand(len(row), 1, device=row.device) < 0.1
+        tokens = torch.where(dropped, null, ids[short, row])
+        t = torch.randint(1000, row.shape, device=row.device)
+        eps = torch.randn_like(x0)
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        x_t = scheduler.add_noise(x0, eps, t)
+        predicted = unet(x_t, t, text_encoder(tokens).last_hidden_state).sample
+        error = (predicted - eps).square().mean((1, 2, 3))
+        # the error of x0 is error / snr; its weight is the SNR within [1, 5]: not more than 5
+        # (min-SNR), and not less than 1 (truncated SNR), or layouts follow the noise, not the words
+        loss = (error * snr.clamp(1, 5) / snr).mean()
+        return loss, {"loss": loss.detach(), "mse": error.mean().detach()}
+    training.run(loss_function)
+
+
+def train_clip(args, clip, tokenizer, pictures, rows):
+    """Contrastive: every caption that is true of a picture counts as its positive."""
+    training = trainer(args, clip, 1e-3)
+    pictures = pictures.to(args.device)
+    texts = sorted({c for row in rows for c in row["captions"]})
+    number = {text: i for i, text in enumerate(texts)}
+    true_of = torch.tensor([[number[c] for c in row["captions"]] for row in rows])
+    ids = tokenize(tokenizer, texts).to(args.device)
+    weight = torch.tensor([0.2 if row["style"] == "solid" else 1.0 for row in rows])
+
+    def loss_function():
+        row = torch.multinomial(weight, 128)
+        text = true_of[row, (torch.rand(len(row)) < 0.4).long()]
+        positive = (true_of[row][:, :, None] == text).any(1).float().to(args.device)
+        image = soil(jitter(pictures[row].float() / 255, shift=0.08, scale=0.15))
+        logits = clip(input_ids=ids[text], pixel_values=clip_pixels(image)).logits_per_image
+        loss = -(positive / positive.sum(1, True) * logits.log_softmax(1)).sum(1).mean() / 2
+        loss = loss - (positive / positive.sum(0) * logits.log_softmax(0)).sum(0).mean() / 2
+        hit = positive.gather(1, logits.argmax(1, True)).mean()
+        return loss, {"loss": loss.detach(), "hit": hit}
+    training.run(loss_function)
+
+
+def soil(images):
+    """Blur, noise, fade and tint half of the pictures: a judge of generated ones must not mind."""
+    batch = len(images)
+
+    def some(chance):
+        return (torch.rand(batch, 1, 1, 1, device=images.device) < chance).float()
+
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    images = images + some(0.3) * (blurred - images)
+    images = images + some(0.4) * 0.08 * torch.randn_like(images)
+    tint = torch.randn(batch, 3, 1, 1, device=images.device)
+    images = images + some(0.4) * 0.05 * tint
+    return images + some(0.3) * (images.mean((2, 3), keepdim=True) - images) * 0.3
+
+
+def export(folder, pipe):
+    """Write a pipeline in half precision, in shards of at most 15 MB; other files there stay."""
+    write_folder(Path(folder), lambda to: copy.deepcopy(pipe).to("cpu", torch.float16)
+                 .save_pretrained(to, max_shard_size="14MB"))
+    if (data.DATA / "tokenizer").is_dir():         # in CLIP's own format, beside tokenizer.json
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(data.DATA / "tokenizer" / name, Path(folder) / "tokenizer" / name)
+    # transformers loads in the dtype its config names, diffusers in float32 where none is asked for
+    config = Path(folder) / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+
+
+def write_folder(folder, write):
+    """write(temporary folder), then move its files into `folder`; other files there stay."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    shutil.rmtree(temporary)
+
+
+def train(args):
+    """One part, from where its checkpoint or its folder has left it; written after the decay."""
+    pictures, rows = load_data()
+    if args.part == "clip":
+        try:
+            clip, tokenizer = load_clip(args.clip, args.device)
+        except FileNotFoundError:
+            tokenizer = data_tokenizer(rows)
+            clip = make_clip(tokenizer)
+        train_clip(args, clip, tokenizer, pictures, rows)
+    else:
+        pipe = load_pipeline(args.out, args.device, functools.partial(new_pipeline, rows))
+        {"vae": train_vae, "decoder": train_decoder, "unet": train_unet}[args.part](
+            args, pipe, pictures, rows)
+    if not args.decay:
+        print(f"not written: its rate has not fallen yet (train {args.part} --decay MINUTES)")
+    elif args.part == "clip":
+        clip = clip.to("cpu", torch.float16)
+        write_folder(Path(args.clip), lambda folder: (clip.save_pretrained(folder),
+                                                      tokenizer.save_pretrained(folder)))
+    else:
+        export(args.out, pipe)
+
+
+# ----------------------------------------------------------------------------- samples and numbers
+@torch.no_grad()
+def sample_images(pipe, captions, seed=0, steps=50, guidance=3.0, batch=50):
+    """Text-to-image: captions -> RGB [B, 3, 64, 64] in [0, 1]."""
+    images = []
+    for first in tqdm(range(0, len(captions), batch), desc="sampling"):
+        noise = torch.Generator().manual_seed(seed + first)
+        out = pipe(captions[first:first + batch], num_inference_steps=steps, output_type="pt",
+                   guidance_scale=guidance, generator=noise)
+        images.append(out.images.float().cpu())
+    return torch.cat(images)
+
+
+def evaluate(args):
+    """The numbers of the model cards: VAE PSNR, and how often tiny-clip knows what it sees."""
+    pictures, rows = load_data()
+    pipe = load_pipeline(args.out, args.device)
+    clip, tokenizer = load_clip(args.clip, args.device)
+    numbers = {"vae_psnr_db": held_out_psnr(pipe.vae, pictures, rows)}
+    chosen = random.Random(1).sample(range(len(rows)), 200)
+    captions = [rows[i]["captions"][0] for i in chosen]
+    sampled = sample_images(pipe, captions, args.seed)
+    for name, images in (("sampled", sampled), ("real", pictures[chosen].float() / 255)):
+        found = concept_accuracy(clip, tokenizer, images, [rows[i] for i in chosen], rows)
+        numbers |= {f"{name}_{key}": value for key, value in found.items()}
+    numbers["unet_ms"] = unet_milliseconds(pipe.unet)
+    print(json.dumps(numbers, indent=1))
+
+
+@torch.no_grad()
+def held_out_psnr(vae, pictures, rows):
+    """Mean over the held-out pictures of −10 log10 MSE, RGB in [0, 1]."""
+    x = pictures[[i for i, row in enumerate(rows) if row["held_out"]]].to(vae.device).float() / 255
+    back = vae.decode(vae.encode(2 * x - 1).latent_dist.mean).sample / 2 + 0.5
+    return (-10 * (back.clamp(0, 1) - x).square().mean((1, 2, 3)).log10()).mean().item()
+
+
+def concept_accuracy(clip, tokenizer, images, of, rows):
+    """Top-1 and top-5: is the caption's concept the likeliest of all, in the caption's own words?
+
+    A picture of "a flat icon of a fox" is held against "a flat icon of …" every emoji concept and
+    every coloured solid; a solid's view is given.
+    """
+    emoji = sorted({row["captions"][1] for row in rows if row["style"] != "solid"})
+    solid = sorted({row["captions"][1] for row in rows if row["style"] == "solid"})
+    top1 = top5 = score = 0.0
+    features = functools.cache(lambda *texts: text_features(clip, tokenizer, list(texts)))
+    for image, row in zip(image_features(clip, images), of, strict=True):
+        if row["style"] == "solid":
+            view = row["captions"][0].removeprefix(row["captions"][1])
+            texts = emoji + [text + view for text in solid]
+        else:
+            texts = [f"{row['style']} {text}" for text in emoji] + solid
+        scores = features(*texts) @ image
+        right = texts.index(row["captions"][0])
+        rank = (scores > scores[right]).sum().item()
+        top1, top5, score = top1 + (rank < 1), top5 + (rank < 5), score + scores[right].item()
+    return {"top1": top1 / len(of), "top5": top5 / len(of), "clip_score": score / len(of)}
+
+
+@torch.no_grad()
+def unet_milliseconds(unet, rounds=20):
+    """Median time of one evaluation at batch 1."""
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, CONTEXT, 128)
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        unet(x.to(unet.device), 500, text.to(unet.device))
+        times.append(1000 * (time.perf_counter() - began))
+    return sorted(times)[rounds // 2]
+
+
+def sheet_captions():
+    """60 captions: 12 concepts in three styles, then 6 solids from four sides."""
+    nouns = ["fox", "red apple", "hamburger", "rocket", "mushroom", "cat", "dog", "sailboat",
+             "guitar", "sunflower", "penguin", "pineapple"]
+    captions = [f"{style} {articled(noun)}" for style in STYLES for noun in nouns]
+    names = ["red mug", "blue car", "yellow duck", "green house", "purple teapot", "pink chair"]
+    return captions + [f"{articled(name)}, {view} view" for view in solids.VIEWS for name in names]
+
+
+def sample(args):
+    """Pictures of the given prompts, or the contact sheet of the model card."""
+    from PIL import Image
+    captions = args.prompt or sheet_captions()
+    images = sample_images(load_pipeline(args.out, args.device), captions, args.seed, args.steps,
+                           args.guidance)
+    columns = 12 if not args.prompt else min(len(captions), 8)
+    blank = torch.ones(-len(images) % columns, *images.shape[1:])
+    grid = torch.cat([images, blank]).unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)
+    grid = (grid.flatten(2, 3).flatten(0, 1) * 255).round().byte()
+    picture = Image.fromarray(grid.numpy())
+    picture.resize((picture.width * args.enlarge, picture.height * args.enlarge),
+                   Image.BICUBIC).save(args.png)
+    print(args.png)
+
+
+# ----------------------------------------------------------------------------------- command line
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="make.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("data", help="download and draw the pictures")
+    p = commands.add_parser("train", help="train a part")
+    p.add_argument("part", choices=["vae", "decoder", "unet", "clip"])
+    p.add_argument("--minutes", type=float, help="before the decay (default: no end)")
+    p.add_argument("--decay", type=float, default=0.0, metavar="MINUTES",
+                   help="then its rate falls to zero and the weights are written (default: never)")
+    p = commands.add_parser("evaluate", help="print the numbers of the model cards")
+    p = commands.add_parser("sample", help="text-to-image; without prompts the contact sheet")
+    p.add_argument("prompt", nargs="*")
+    p.add_argument("--steps", type=int, default=50)
+    p.add_argument("--guidance", type=float, default=3.0)
+    p.add_argument("--png", default="samples.png")
+    p.add_argument("--enlarge", type=int, default=2)
+    for p in commands.choices.values():
+        p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--out", default=str(HERE / "sd"))
+        p.add_argument("--clip", default=str(HERE / "clip"))
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        commands = {"data": data.make_data, "train": train, "evaluate": evaluate, "sample": sample}
+        commands[args.command](args)
+    except (OSError, FloatingPointError) as mistake:
+        print(f"make.py: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmake.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
