@@ -52,7 +52,7 @@ from torch import nn
 
 try:
     from phi import EmbeddingPhi, LoRAPhi, NoisePhi, make_phi
-    from prior import Prior, UserError  # noqa: F401
+    from prior import Latents, Pixels, Prior, UserError  # noqa: F401
 except ImportError:                # this file was copied out alone: bring a prior and a φ
     EmbeddingPhi = LoRAPhi = NoisePhi = None
 
@@ -234,54 +234,6 @@ OMEGAS = {
 }
 
 
-# ----------------------------------------------------------------- generators: what is optimised
-class Latents(nn.Module):
-    """The simplest generator: θ is x0 itself, `images` [B, 3, H, W] encoded, or unit noise."""
-
-    def __init__(self, prior, particles=1, rng=None, images=None):
-        super().__init__()
-        self.prior = prior
-        if images is None:
-            start = torch.randn(particles, *prior.shape, generator=rng).to(prior.device)
-        else:
-            with torch.no_grad():
-                start = repeated(prior.encode_image(images.to(prior.device)), particles)
-        self.theta = nn.Parameter(start)
-
-    def forward(self):
-        return self.theta
-
-    @torch.no_grad()
-    def images(self):
-        """-> RGB [B, 3, H, W] in [0, 1]."""
-        return self.prior.decode(self.theta)
-
-
-class Pixels(nn.Module):
-    """θ is the picture; x0 is its encoding, so that gradients reach the pixels through the VAE."""
-
-    def __init__(self, prior, particles=1, rng=None, images=None):
-        super().__init__()
-        self.prior = prior
-        if images is None:
-            images = 0.5 + 0.1 * torch.randn(particles, 3, *prior.image_size, generator=rng)
-        self.theta = nn.Parameter(repeated(images.to(prior.device), particles))
-
-    def forward(self):
-        return self.prior.encode_image(self.theta)
-
-    @torch.no_grad()
-    def images(self):
-        return self.theta.clamp(0, 1)
-
-
-def repeated(start, particles):
-    """[N, …] -> [particles, …], a multiple of N, in turn; ValueError where it is none."""
-    if particles % len(start):
-        raise ValueError(f"{particles} particles cannot start from {len(start)} pictures alike")
-    return start.repeat(particles // len(start), *[1] * (start.dim() - 1))
-
-
 # --------------------------------------------------------------------------- methods and the loop
 @dataclass(frozen=True)
 class Method:
@@ -365,8 +317,7 @@ class State:
         self.opt_theta = OPTIMIZERS[method.optimizer](theta, method.lr)
         self.rates = [group["lr"] for group in self.opt_theta.param_groups]
         self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0,
-                                         fused=True) \
-            if phi_parameters else None
+                                         fused=True) if phi_parameters else None
 
     def parts(self):
         """(name, tensor, its optimiser or None) of θ, φ and of what else the generator keeps."""
@@ -417,24 +368,32 @@ def in_parts(size, function, *tensors):
     return torch.cat([function(*part) for part in parts])
 
 
-def guidance_questions(x_t, t, y, null, lam):
-    """What Eq. 2 asks of the prior: (x_t, t, ∅) and (x_t, t, y); at λ = 1, where ε_∅ cancels, y."""
-    return [(x_t, t, y)] if lam == 1 else [(x_t, t, null.expand_as(y)), (x_t, t, y)]
+def guidance(step, x_t, t, y, null, lam):
+    """What Eq. 2 asks of the prior: ε_∅, but for λ = 1, where it cancels, and ε_y.
+
+    A φ with a method `asks` like this one asks something else instead, and maybe more.
+    """
+    return [None if lam == 1 else (x_t, t, null.expand_as(y)), (x_t, t, y)]
 
 
 @torch.no_grad()
 def ask(prior, questions, micro_batch=None):
-    """A list of (x_t, t, cond), each [B, …], in one batched call without a graph -> their ε's."""
-    together = (torch.cat(parts) for parts in zip(*questions, strict=True))
-    return in_parts(micro_batch, prior.eps, *together).split([len(t) for _, t, _ in questions])
+    """A list of (x_t, t, cond), each [B, …], in one batched call without a graph -> their ε's.
+
+    A None is no question, and its answer is None.
+    """
+    asked = [question for question in questions if question is not None]
+    together = (torch.cat(parts) for parts in zip(*asked, strict=True))
+    said = in_parts(micro_batch, prior.eps, *together).split([len(t) for _, t, _ in asked])
+    said = iter(said)
+    return [None if question is None else next(said) for question in questions]
 
 
-def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None,
-                eps_uncond=None, eps_y=None):
+def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None, said=()):
     """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
     def of(cond):
         size = None if getattr(phi, "whole", False) else micro_batch
-        return in_parts(size, phi, x_t, t, cond, eps, camera, eps_uncond, eps_y)
+        return in_parts(size, phi, x_t, t, cond, eps, camera, *said)
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
 
 
@@ -511,11 +470,9 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
     def noised(given, t, eps):
         given = given(x0) if callable(given) else given
         return add_noise(given.expand_as(x0), eps, *prior.alpha_sigma(t))
-    x_t, told, base = noised(d.seen, t, eps), d.cond.expand(len(x0), -1, -1), null
-    y = told
-    if hasattr(d.phi, "prompts"):            # a φ with words of its own may change what is asked
-        told, base = d.phi.prompts(state.step, y, null)
-    questions = guidance_questions(x_t, t, told, base, method.lam)
+    x_t, y = noised(d.seen, t, eps), d.cond.expand(len(x0), -1, -1)
+    questions = getattr(d.phi, "asks", guidance)(state.step, x_t, t, y, null, method.lam)
+    told, for_theta = questions[1][2], len(questions)
     # what φ will learn from, at a draw of its own or at this one: then x_t^g may be x_t itself
     trains = any(p.requires_grad for p in d.phi.parameters())
     again, updates = method.share_noise and d.fake is d.seen, []
@@ -534,8 +491,8 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
         updates.append(u)
 
     answers = iter((yield questions))
-    eps_uncond = next(answers)
-    eps_y = eps_uncond if method.lam == 1 else next(answers)
+    eps_uncond, eps_y, *more = (next(answers) for _ in range(for_theta))
+    eps_uncond = eps_y if eps_uncond is None else eps_uncond         # λ = 1: it cancels
     for u in updates:
         if d.gamma != 0:
             u.fake_y = eps_y if again else next(answers)
@@ -554,7 +511,7 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
         and not method.phi_first
     with torch.set_grad_enabled(keep):
         eps_phi = predict_phi(d.phi, x_t, t, told, null, eps, camera, method.lam_phi, micro_batch,
-                              eps_uncond, eps_y)
+                              (eps_uncond, eps_y, *more))
     omega = OMEGAS[method.omega](alpha_t, sigma_t)
     yield generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
     yield loss_D if method.phi_first else learn(eps_phi if keep else None)
