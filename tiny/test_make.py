@@ -149,8 +149,9 @@ def test_a_part_is_trained_from_its_folder(part, examples, tmp_path, monkeypatch
     captions, images = examples
     monkeypatch.setattr(data, "DATA", tmp_path)
     rows = [{"concept": text, "style": "solid" if "view" in text else "emoji", "held_out": False,
-             "captions": [text, text.split(", ")[0]]} for text in captions]
-    data.save_tensors(tmp_path / "pictures.safetensors", {"pictures": (255 * images).byte()})
+             "captions": [text, text.split(", ")[0]]} for text in captions * 11]
+    pictures = (255 * images).byte().repeat(11, 1, 1, 1)            # the judge's batch is 128
+    data.save_tensors(tmp_path / "pictures.safetensors", {"pictures": pictures})
     (tmp_path / "captions.json").write_text(json.dumps(rows))
     for name in ("sd", "clip"):
         shutil.copytree(HERE / name, tmp_path / name)

@@ -60,6 +60,14 @@ def test_a_stopped_run_goes_on(tmp_path, clock):
     assert finished.step == whole.step and not list(tmp_path.glob("*.tmp"))
 
 
+def test_threads_are_given_back(tmp_path, clock, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(training, "leave_a_core", lambda: torch.set_num_threads(before + 1))
+    trainer = line(tmp_path / "a.safetensors", minutes=2)
+    trainer.run(lessons(trainer))
+    assert trainer.step > 0 and torch.get_num_threads() == before
+
+
 def test_what_cannot_learn_is_an_error(tmp_path, clock):
     trainer = line(tmp_path / "a.safetensors", minutes=9)
     with pytest.raises(FloatingPointError, match="at step 0"):

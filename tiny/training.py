@@ -6,6 +6,7 @@ of `decay` minutes lets it fall to zero along a line, and only then are the weig
 """
 import os
 import time
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -22,6 +23,16 @@ def save_tensors(path, tensors, about=None):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def threads_kept():
+    """Whatever happens within to the number of torch's threads."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Trainer:
@@ -67,6 +78,7 @@ class Trainer:
         self.step, self.decayed = int(about["step"]), float(about["decayed"])
         self.ema.optimization_step = self.step
 
+    @threads_kept()
     def run(self, loss_function):
         """loss_function() -> (loss, {term: value}), again and again. Returns the averaged module.
 
