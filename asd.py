@@ -1,6 +1,6 @@
 """Adversarial Score Distillation (ASD, arXiv 2312.00739, CVPR 2024): Eqs. 1–10, the loop, a CLI.
 
-    python asd.py --prompt "a red apple"                      # offline, with the embedded tiny-sd/
+    python asd.py --prompt "a red apple"                      # offline, with the embedded tiny-sd
     python asd.py --prompt "a fox" --method vsd --particles 4
     python asd.py --prompt "a photo of a corgi" --model path/to/stable-diffusion --device cuda
 
@@ -26,19 +26,15 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 | 10 without real samples           | discriminator_loss_text    | test_eq10_…                  |
 | –  the minimiser of Eq. 10 (ours) | optimal_eps_phi            | test_minimiser_…, test_lam_… |
 
-Eq. 11, editing, is in editing.py. All of this was checked against the paper's full main text; its
-supplement (the derivation of Eq. 9, Algorithm 1) was not available. Where the paper leaves
-something open, the code says so.
+Eq. 11, editing, is in editing.py. Checked against the paper's full main text; its supplement was
+not available. Where the paper leaves something open, the code says so.
 
 Notation: x_t = α_t x0 + σ_t ε; ε_∅, ε_y, ε_φ are noise predictions at the same x_t without prompt,
 with the prompt y, and of the fake-sample model φ. x^g are samples of the generator, x^r real ones.
 Shapes: x0, x_t, ε [B, C, H, W], latents; images are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t
 [B, 1, 1, 1]; λ, γ, η floats (in Eqs. 2, 7, 9 and 10 also tensors, shaped like α_t).
-‖·‖² is a sum over all but the batch dimension, E the mean over the batch.
-
-Everything here needs torch alone, and the equations can be copied out one by one, with the three
-small helpers above them. The diffusion model is in prior.py, φ in phi.py, the command line in
-runs.py.
+‖·‖² is a sum over all but the batch dimension, E the mean over the batch. Everything here needs
+torch alone, and the equations can be copied out one by one, with the three helpers above them.
 """
 import math
 import sys
@@ -142,8 +138,7 @@ def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     All [B, C, H, W]. Warns once where λ < 1: Eq. 6 is no upper bound of the generator's loss there.
     """
     if float(lam.min() if torch.is_tensor(lam) else lam) < 1:     # Python shows it once per place
-        warnings.warn("λ < 1: L'_G of Eq. 6 is no upper bound of the generator's loss",
-                      stacklevel=2)
+        warnings.warn("λ < 1: Eq. 6's L'_G is no bound of the generator's loss", stacklevel=2)
     # ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ )
     return _coefficient(omega, eps_y) * (cfg_noise(eps_uncond, eps_y, lam) - eps_phi)
 
@@ -239,11 +234,10 @@ OMEGAS = {
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd; all rows share them (LMC-SDS has λ 2). Eq. 10
-    is affine at γ = −1, φ never settles: θ must be slow, or colours run away. θ starts as noise,
-    which only small t take away; so they get weight, by ω = 1 (σ², the peers' choice, is a flag)
-    and by t < T/2 in the second half (the peers anneal t, too), and θ's rate stays. In 3D, where
-    there is no such noise, a rate that falls keeps smears and dust out.
+    The defaults were chosen by looking, on tiny-sd. Eq. 10 is affine at γ = −1, φ never settles: θ
+    must be slow, or colours run away. θ starts as noise, which only small t take away; so they get
+    weight, by ω = 1 (σ², the peers' choice, is a flag) and by t < T/2 in the second half (the peers
+    anneal t, too), and θ's rate stays; in 3D a rate that falls keeps smears and dust out.
     """
     phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7
@@ -267,12 +261,7 @@ class Method:
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-
-METHODS = {
-    "sds": Method(phi=NoisePhi),
-    "vsd": Method(gamma=0.0),
-    "asd": Method(gamma=-1.0),
-}
+METHODS = {"sds": Method(phi=NoisePhi), "vsd": Method(gamma=0.0), "asd": Method(gamma=-1.0)}
 
 
 def generated(x0):
@@ -302,13 +291,13 @@ class Discriminator:
 class State:
     """All that a run consists of: θ, φ, both optimisers, the generator of randomness, the step.
 
-    second: a Discriminator that is subtracted (Eq. 11); its φ shares φ's optimiser.
+    second: a Discriminator that is subtracted (Eq. 11); its φ shares φ's optimiser. real: x0 [N,
+    C, H, W] of real samples. rng is on the CPU: a seed draws the same noise on every device.
     """
 
-    def __init__(self, generator, phi, method, rng, second=None):
-        # rng lives on the CPU whatever the device: the same seed draws the same noise everywhere
+    def __init__(self, generator, phi, method, rng, second=None, real=None):
         self.generator, self.phi, self.rng, self.step = generator, phi, rng, 0
-        self.second = second
+        self.second, self.real = second, real
         self.eps = None               # that of the first step, where the method keeps it fixed
         phis = [phi] if second is None else [phi, second.phi]
         phi_parameters = [p for module in phis for p in module.parameters() if p.requires_grad]
@@ -330,7 +319,8 @@ class State:
 
     def tensors(self):
         """{name: tensor}: everything but the step; the parameters are the living ones."""
-        named = {"rng": self.rng.get_state()} | ({} if self.eps is None else {"eps": self.eps})
+        kept = {"rng": self.rng.get_state(), "eps": self.eps, "real": self.real}
+        named = {name: tensor for name, tensor in kept.items() if tensor is not None}
         for name, tensor, optimizer in self.parts():
             named[name] = tensor.detach()
             moments = optimizer.state.get(tensor, {}) if optimizer else {}
@@ -350,7 +340,7 @@ class State:
                     key: named[f"{name}.{key}"].to(tensor.device, copy=True)
                     for key in ("exp_avg", "exp_avg_sq")}
         self.rng.set_state(named["rng"])
-        self.step, self.eps = step, named.get("eps")
+        self.step, self.eps, self.real = step, named.get("eps"), named.get("real")
 
 
 def draw(rng, x0, lowest, highest):
@@ -369,31 +359,23 @@ def in_parts(size, function, *tensors):
 
 
 def guidance(step, x_t, t, y, null, lam):
-    """What Eq. 2 asks of the prior: ε_∅, but for λ = 1, where it cancels, and ε_y.
-
-    A φ with a method `asks` like this one asks something else instead, and maybe more.
-    """
+    """What Eq. 2 asks: ε_∅, unless λ = 1 cancels it, and ε_y. A φ may have `asks` of its own."""
     return [None if lam == 1 else (x_t, t, null.expand_as(y)), (x_t, t, y)]
 
 
 @torch.no_grad()
 def ask(prior, questions, micro_batch=None):
-    """A list of (x_t, t, cond), each [B, …], in one batched call without a graph -> their ε's.
-
-    A None is no question, and its answer is None.
-    """
+    """A list of (x_t, t, cond), each [B, …], or None -> their ε's, or None: one batched call."""
     asked = [question for question in questions if question is not None]
-    together = (torch.cat(parts) for parts in zip(*asked, strict=True))
-    said = in_parts(micro_batch, prior.eps, *together).split([len(t) for _, t, _ in asked])
-    said = iter(said)
+    together = in_parts(micro_batch, prior.eps, *(torch.cat(parts) for parts in zip(*asked)))
+    said = iter(together.split([len(t) for _, t, _ in asked]))
     return [None if question is None else next(said) for question in questions]
 
 
 def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None, said=()):
     """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
-    def of(cond):
-        size = None if getattr(phi, "whole", False) else micro_batch
-        return in_parts(size, phi, x_t, t, cond, eps, camera, *said)
+    size = None if getattr(phi, "whole", False) else micro_batch
+    of = lambda cond: in_parts(size, phi, x_t, t, cond, eps, camera, *said)
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
 
 
@@ -418,16 +400,13 @@ def discriminator_step(state, method, d, u, null, micro_batch=None, eps_phi=None
     y, total = d.cond.expand(len(u.t), -1, -1), 0.0
     state.opt_phi.zero_grad()
     for part in torch.arange(len(y), device=y.device).split(micro_batch or len(y)):
-        eps, t, camera = (None if v is None else v[part] for v in (u.eps, u.t, u.camera))
-        looked_at = [x_t[part] for x_t in (u.fake_t, u.real_t) if x_t is not None]
+        eps, said = u.eps[part], [eps_phi]
         if eps_phi is None:                         # φ once, at x_t^g and x_t^r
-            n = len(looked_at)
-            several = (None if v is None else torch.cat([v] * n) for v in (t, y[part], eps, camera))
-            t, cond, noise, camera = several
+            looked_at = [x_t[part] for x_t in (u.fake_t, u.real_t) if x_t is not None]
+            t, cond, noise, camera = (None if v is None else torch.cat([v[part]] * len(looked_at))
+                                      for v in (u.t, y, u.eps, u.camera))
             said = predict_phi(d.phi, torch.cat(looked_at), t, cond, null, noise, camera,
-                               method.lam_phi).chunk(n)
-        else:
-            said = [eps_phi]
+                               method.lam_phi).chunk(len(looked_at))
         # a prediction of the prior that has no weight is not asked for: φ's own stands for it
         of_y = [phi.detach() if v is None else v[part]
                 for phi, v in zip(said, (u.fake_y, u.real_y))]
@@ -445,8 +424,8 @@ def discriminator_step(state, method, d, u, null, micro_batch=None, eps_phi=None
 
 
 def check_gradients(optimizer, name, step):
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]
-             if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in parameters if p.grad is not None]
     check_finite(torch.nn.utils.get_total_norm(grads), name, step)
 
 
@@ -460,9 +439,8 @@ def check_finite(tensor, name, step):
 def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None):
     """One step of the loop for the discriminator d: a Python generator, as two may work together.
 
-    x0 [B, C, H, W] detached, noise = (t, ε). It yields what it asks of the prior, a list of (x_t,
-    t, cond), and is sent the answers; then it yields the gradient of Eq. 7, like x0; then, φ
-    updated, loss_D.
+    x0 [B, C, H, W] detached, noise = (t, ε). It yields its questions to the prior and is sent the
+    answers (see ask); then it yields the gradient of Eq. 7, like x0; then, φ updated, loss_D.
     """
     t, eps = noise
     alpha_t, sigma_t = prior.alpha_sigma(t)
@@ -481,23 +459,17 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
         seen_from = camera
         if camera is not None:               # one view in ten is learnt without its camera
             seen_from = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
-        u = Update(t_phi, eps_phi, seen_from, x_t if again else noised(d.fake, t_phi, eps_phi))
-        if d.gamma != 0 and not again:
-            questions.append((u.fake_t, t_phi, y))                # no guidance on ε_y
-        if d.real is not None:
-            u.real_t = noised(d.real, t_phi, eps_phi)
-            if d.eta != 0:
-                questions.append((u.real_t, t_phi, y))
+        u = Update(t_phi, eps_phi, seen_from, x_t if again else noised(d.fake, t_phi, eps_phi),
+                   None if d.real is None else noised(d.real, t_phi, eps_phi))
         updates.append(u)
+        questions += [None if d.gamma == 0 or again else (u.fake_t, t_phi, y),    # no guidance
+                      None if d.eta == 0 or d.real is None else (u.real_t, t_phi, y)]
 
-    answers = iter((yield questions))
-    eps_uncond, eps_y, *more = (next(answers) for _ in range(for_theta))
+    answers = yield questions
+    eps_uncond, eps_y, *more = answers[:for_theta]
     eps_uncond = eps_y if eps_uncond is None else eps_uncond         # λ = 1: it cancels
-    for u in updates:
-        if d.gamma != 0:
-            u.fake_y = eps_y if again else next(answers)
-        if u.real_t is not None and d.eta != 0:
-            u.real_y = next(answers)
+    for u, fake_y, u.real_y in zip(updates, answers[for_theta::2], answers[for_theta + 1::2]):
+        u.fake_y = eps_y if again and d.gamma != 0 else fake_y
 
     def learn(eps_phi=None):
         losses = [discriminator_step(state, method, d, u, null, micro_batch,
@@ -506,9 +478,8 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
     if method.phi_first:
         loss_D = learn()
     # ε_φ: with its graph where φ's update uses it again
-    whole = micro_batch is None or micro_batch >= len(x0)
-    keep = trains and again and whole and d.real is None and camera is None \
-        and not method.phi_first
+    keep = trains and again and not method.phi_first and d.real is None and camera is None \
+        and (micro_batch or len(x0)) >= len(x0)
     with torch.set_grad_enabled(keep):
         eps_phi = predict_phi(d.phi, x_t, t, told, null, eps, camera, method.lam_phi, micro_batch,
                               (eps_uncond, eps_y, *more))
@@ -527,52 +498,50 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
                 generator.regulariser() -> a scalar that is added to its loss, if there is one.
     cond        [1 or B, L, C] from prior.encode_text.
     method      a Method, or a name in METHODS.
-    phi         default: as method.phi says, where that needs no prompt (an embedding does).
+    phi         default: method.phi's, where that needs no prompt (an embedding does).
     second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
-    state       a State to go on with, made with the same generator and method; phi and second are
-                then the state's. Default: a new one.
-    micro_batch samples per UNet call; default: all. Below B, φ's graph is not kept: with shared
-                noise φ is evaluated once more.
+    state       to go on with, of the same generator and method, with its own phi, second and real.
+    micro_batch samples per UNet call; below B, φ with shared noise is evaluated once more.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
     real        x0 [N, C, H, W] of real samples, for the image-conditioned case: φ learns by Eq. 9,
                 each time from B of them, drawn anew. Default: there are none, Eq. 10.
 
-    Returns the State. UNet evaluations per particle and step: SDS 2; with shared noise 3 + 1
-    backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD 5 + 1; real samples add 1 + 1
-    and, for η ≠ 0, 1. The prior's are one batched call. Raises FloatingPointError where a gradient
-    or loss is not finite.
+    Returns the State. UNet evaluations per particle and step, the prior's in one batched call: SDS
+    2; with shared noise 3 + 1 backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD
+    5 + 1; real samples add 1 + 1, and 1 for η ≠ 0. FloatingPointError if something is not finite.
     """
     method = METHODS[method] if isinstance(method, str) else method
     if state is None:
         phi = phi or make_phi(method, prior, seed=seed)
-        state = State(generator, phi, method, torch.Generator().manual_seed(seed), second)
+        state = State(generator, phi, method, torch.Generator().manual_seed(seed), second, real)
     if state.generator is not generator:
         raise ValueError("the state belongs to another generator")
-    null, last = prior.encode_text([""]), prior.steps - 1
+    null = prior.encode_text([""])
     while state.step < method.steps:
         began = time.perf_counter()
         # 1. x0 = g(θ);  x_t = α_t x0 + σ_t ε
         out = generator()
         x0, y, camera = out if isinstance(out, tuple) else (out, cond, None)
         fake = x0.detach().clone()                                    # θ's step is in place
-        early = state.step < method.t_late * method.steps
-        highest = method.t_max if early else min(method.t_max, method.t_max_late)
-        bounds = (min(round(f * prior.steps), last) for f in (method.t_min, highest))
-        noise = draw(state.rng, x0, *bounds)
+        late = state.step >= method.t_late * method.steps
+        highest = min(method.t_max, method.t_max_late) if late else method.t_max
+        noise = draw(state.rng, x0, *(min(round(f * prior.steps), prior.steps - 1)
+                                      for f in (method.t_min, highest)))
         if method.fixed_noise:
             state.eps = noise[1] if state.eps is None else state.eps.to(x0.device)
             noise = noise[0], state.eps
         # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one. All draws of the
         # step come first, so that the prior is asked once for what θ and φ need of it
-        first = Discriminator(state.phi, y, method.gamma, method.eta, real=None if real is None else
-                              lambda x0: real[torch.randint(len(real), x0.shape[:1],
-                                                            generator=state.rng)])
+        first = Discriminator(state.phi, y, method.gamma, method.eta)
+        if state.real is not None:
+            first.real = lambda x0: state.real.to(x0)[
+                torch.randint(len(state.real), x0.shape[:1], generator=state.rng)]
         judges = [judge(prior, state, method, d, fake, null, noise, camera, micro_batch)
-                  for d in ([first] if state.second is None else [first, state.second])]
+                  for d in (first, state.second) if d is not None]
         questions = [next(one) for one in judges]
         answers = iter(ask(prior, sum(questions, []), micro_batch))
         grad, *minus = (one.send([next(answers) for _ in asked])
-                        for one, asked in zip(judges, questions, strict=True))
+                        for one, asked in zip(judges, questions))
         grad = grad - minus[0] if minus else grad
         # 3. θ: Eq. 7, sent through x0 by the surrogate ⟨stop(grad), x0⟩ / B
         check_finite(grad, "generator's gradient", state.step)
@@ -604,12 +573,16 @@ def build(settings, prior, method, rng, folder, anew):
     """A picture for every prompt and particle, from noise or --init, and φ. -> (State, y)"""
     import runs
     y = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
-    init = None
+    init = real = None                            # of a resumed run the checkpoint has them
     if settings["init"] and anew:
         init = runs.read_image(settings["init"], prior.image_size)
     theta = (Pixels if settings["pixels"] else Latents)(prior, len(y), rng, init)
     phi = method.phi(prior, settings["prompt"], **runs.told(settings, method.phi))
-    return State(theta, phi, method, rng), y
+    if settings["real"] and anew:
+        if not any(p.requires_grad for p in phi.parameters()):
+            raise ValueError("--real is what φ learns from, and this φ does not learn")
+        real = runs.encode_folder(prior, settings["real"])
+    return State(theta, phi, method, rng, real=real), y
 
 
 def main(argv=None):

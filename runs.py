@@ -63,6 +63,7 @@ def picture_flags(add):
     add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
     add("--init", metavar="PNG", help="start from this picture, not from noise")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
+    add("--real", metavar="PNG_OR_DIR", help="real pictures of the prompt: φ learns by Eq. 9")
 
 
 def final_picture(folder, settings, prior, state):
@@ -86,7 +87,7 @@ class Command:
     default: str | None = "asd"   # the method that is taken where none is given
     add_flags: Callable = picture_flags     # (add): its own, as argparse's add_argument
     defaults: dict = field(default_factory=lambda: {
-        "particles": 1, "init": None, "pixels": False})     # of flags that are not in a row
+        "particles": 1, "init": None, "pixels": False, "real": None})   # of flags not in a row
     options: tuple = ()           # those of them that only some φ take; their default is None
     prompts: Callable = lambda settings: settings.get("prompt") or [""]     # names the folder
     check: Callable = lambda settings: None          # raises UserError; nothing is loaded yet
@@ -125,7 +126,8 @@ def make_parser(command):
         help="what predicts ε_φ")
     add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
     add("--lam", type=some, help="λ, guidance (default 7.5)")
-    add("--gamma", type=some, help="γ of Eq. 10 (asd: default -1, in 3D -0.5; vsd: 0)")
+    add("--gamma", type=some, help="γ of Eqs. 9 and 10 (asd: default -1, in 3D -0.5; vsd: 0)")
+    add("--eta", type=number(float, 0), help="η of Eq. 9, with --real (default 0.5)")
     add("--steps", type=number(int, 1), help="updates of θ (default 350; editing: 60; 3D: 600)")
     add("--lr", type=number(float, 0, 1e30), help="learning rate for θ (default 0.01; editing: "
         "0.03; 3D: 0.02)")
@@ -280,16 +282,16 @@ def read_image(path, size, ground="white"):
 
 
 def read_folder(path, size):
-    """The pictures of a folder, by name -> RGB [N, 3, H, W], as read_image has them."""
-    files = sorted(p for p in Path(path).glob("*") if p.suffix.lower() in
-                   (".png", ".jpg", ".jpeg", ".webp"))
+    """The pictures of a folder, by name, or one -> RGB [N, 3, H, W], as read_image has them."""
+    files = [Path(path)] if Path(path).is_file() else sorted(
+        p for p in Path(path).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not files:
         raise UserError(f"{path} is no folder with pictures (png, jpg, webp)")
     return torch.cat([read_image(file, size) for file in files])
 
 
 def encode_folder(prior, path):
-    """The pictures of a folder -> x0 [N, C, H, W], on the prior's device."""
+    """The pictures of a folder, or one -> x0 [N, C, H, W], on the prior's device."""
     with torch.no_grad():
         return torch.cat([prior.encode_image(part.to(prior.device))
                           for part in read_folder(path, prior.image_size).split(16)])

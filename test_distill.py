@@ -150,9 +150,9 @@ def make_state(prior, method, particles=1, seed=0, generator=None, phi=None):
 def go(prior, method, state=None, micro_batch=None, real=None, **kwargs):
     """A short run of the loop for PROMPT -> (state, [terms of each step])."""
     state, rows = state or make_state(prior, method, **kwargs), []
+    state.real = real
     asd.distill(prior, state.generator, prior.encode_text([PROMPT]), method, state=state,
-                micro_batch=micro_batch, real=real,
-                callback=lambda state, terms: rows.append(terms))
+                micro_batch=micro_batch, callback=lambda state, terms: rows.append(terms))
     return state, rows
 
 

@@ -530,7 +530,6 @@ def test_mistakes_are_one_line(cli, tmp_path):
     one_line(cli("--method", "dds", "--phi", "lora"), "--method dds is its φ: drop --phi lora")
     one_line(cli("--source", " "), "--source")
     one_line(cli("--target", ""), "--target")
-    one_line(cli("--network", "--image", "a.png"), "folder")
     one_line(cli("--network", "--mask", "a.png"), "--mask")
     one_line(cli("--network", "--batch", 0), "--batch")
     one_line(cli("--method", "nonsense"), "dds")

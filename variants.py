@@ -341,8 +341,8 @@ def add_flags(add):
 
 def check(settings):
     """What can be said before anything is loaded."""
-    if settings["generator"] == "network" and (settings["init"] or settings["pixels"]):
-        raise UserError("--generator network makes latents of noise: drop --init and --pixels")
+    if settings["generator"] == "network" and any(map(settings.get, ("init", "pixels", "real"))):
+        raise UserError("--generator network makes latents of noise: drop --init, --pixels, --real")
 
 
 def build(settings, prior, method, rng, folder, anew):
@@ -461,7 +461,8 @@ def main(argv=None):
         "Distillation. To train what LMC-SDS needs: train-corrective --help.",
         METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill, default=None,
         add_flags=add_flags, options=OPTIONS, check=check, defaults={
-            "particles": 1, "init": None, "pixels": False, "generator": "latents"}), given)
+            "particles": 1, "init": None, "pixels": False, "real": None,
+            "generator": "latents"}), given)
 
 
 if __name__ == "__main__":
