@@ -1,4 +1,4 @@
-"""Adversarial Score Distillation (ASD, arXiv 2312.00739, CVPR 2024): Eqs. 2–10, the loop, a CLI.
+"""Adversarial Score Distillation (ASD, arXiv 2312.00739, CVPR 2024): Eqs. 1–10, the loop, a CLI.
 
     python asd.py --prompt "a red apple"                      # offline, with the embedded tiny-sd/
     python asd.py --prompt "a fox" --method vsd --particles 4
@@ -9,31 +9,37 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 
     ∇θ L'_G = E[ ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ ) · ∂x0/∂θ ]                               (7)
 
-| equation                          | function                   | in test_asd.py                |
-|-----------------------------------|----------------------------|-------------------------------|
-| 2  classifier-free guidance       | cfg_noise                  | test_equation[cfg_noise]      |
-| 3  SDS                            | sds_grad                   | test_sds_is_eq7_…             |
-| 5  the discriminator              | log_discriminator          | test_equation[…]              |
-| 5  a diffusion model classifies   | classifier_score           | test_equation[…]              |
-| 6  generator's loss, and bound    | generator_loss, _bound     | test_eq6_…                    |
-| 7  generator's gradient           | generator_grad             | test_eq7_…                    |
-| 8  discriminator's loss           | discriminator_loss_density | test_equation[…]              |
-| 9  the same in noise predictions  | discriminator_loss         | test_eq9_…                    |
-| 9  its condition on γ             | gamma_lower_bound          | test_the_condition_is_needed  |
-| 10 without real samples           | discriminator_loss_text    | test_eq10_…                   |
-| –  the minimiser of Eq. 10        | optimal_eps_phi            | test_minimiser_…, test_lam_eff|
+| equation                          | function                   | in test_asd.py               |
+|-----------------------------------|----------------------------|------------------------------|
+| 1  the diffusion loss's gradient  | sds_grad at λ = 1          | test_sds_with_cfg_is_not_…   |
+| 2  classifier-free guidance       | cfg_noise                  | test_equation[cfg_noise]     |
+| 3  SDS                            | sds_grad                   | test_sds_is_eq7_…            |
+| 4  WGAN with a gradient penalty   | wgan_objective             | test_equation[…]             |
+| 5  the discriminator              | log_discriminator          | test_equation[…]             |
+| 6  generator's loss, and bound    | generator_loss, _bound     | test_eq6_…                   |
+| –  a diffusion model classifies   | classifier_score           | test_equation[…]             |
+| 7  generator's gradient           | generator_grad             | test_eq7_…                   |
+| 8  discriminator's loss           | discriminator_loss_density | test_eq8_…                   |
+| –  its penalty, in noise          | gradient_penalty           | test_equation[…]             |
+| 9  Eq. 8 in noise predictions     | discriminator_loss         | test_eq9_…                   |
+| –  the condition under it         | gamma_lower_bound          | test_the_condition_…         |
+| 10 without real samples           | discriminator_loss_text    | test_eq10_…                  |
+| –  the minimiser of Eq. 10 (ours) | optimal_eps_phi            | test_minimiser_…, test_lam_… |
+
+Eq. 11, editing, is in editing.py. All of this was checked against the paper's full main text; its
+supplement (the derivation of Eq. 9, Algorithm 1) was not available. Where the paper leaves
+something open, the code says so.
 
 Notation: x_t = α_t x0 + σ_t ε; ε_∅, ε_y, ε_φ are noise predictions at the same x_t without prompt,
-with the prompt y, and of the fake-sample model φ. Shapes: x0, x_t, ε [B, C, H, W], latents; images
-are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t [B, 1, 1, 1]; λ, γ, η floats (in Eqs. 2, 7, 9
-and 10 also tensors, shaped like α_t).
+with the prompt y, and of the fake-sample model φ. x^g are samples of the generator, x^r real ones.
+Shapes: x0, x_t, ε [B, C, H, W], latents; images are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t
+[B, 1, 1, 1]; λ, γ, η floats (in Eqs. 2, 7, 9 and 10 also tensors, shaped like α_t).
 ‖·‖² is a sum over all but the batch dimension, E the mean over the batch.
 
 Everything here needs torch alone, and the equations can be copied out one by one, with the three
 small helpers above them. The diffusion model is in prior.py, φ in phi.py, the command line in
 runs.py.
 """
-import functools
 import math
 import sys
 import time
@@ -46,7 +52,7 @@ from torch import nn
 
 try:
     from phi import EmbeddingPhi, LoRAPhi, NoisePhi, make_phi
-    from prior import Prior, UserError  # noqa: F401
+    from prior import Latents, Pixels, Prior, UserError  # noqa: F401
 except ImportError:                # this file was copied out alone: bring a prior and a φ
     EmbeddingPhi = LoRAPhi = NoisePhi = None
 
@@ -84,23 +90,31 @@ def cfg_noise(eps_uncond, eps_y, lam):
 
 
 def sds_grad(eps_uncond, eps_y, eps, lam, omega=1.0):
-    """Eq. 3, Score Distillation Sampling (DreamFusion): Eq. 7 with the added noise ε as ε_φ."""
+    """Eq. 3, Score Distillation Sampling (DreamFusion): Eq. 7 with the added noise ε as ε_φ.
+
+    At λ = 1 it is the last line of Eq. 1, ω(t)(ε_y − ε): the gradient of the diffusion loss without
+    the network's Jacobian. With guidance it is the gradient of no such loss.
+    """
     # ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε )
     return generator_grad(eps_uncond, eps_y, eps, lam, omega)
 
 
-def classifier_score(eps_uncond, eps_y, sigma_t):
-    """Eq. 5: the diffusion model as a classifier. -> ∇ log p(y | x_t), shaped like ε_y."""
-    # ∇ log p(y|x_t) = ∇ log p(x_t|y) − ∇ log p(x_t) = −(ε_y − ε_∅) / σ_t
-    return -(eps_y - eps_uncond) / _coefficient(sigma_t, eps_y)
+def wgan_objective(real_d, fake_d, grad_norm, tau, p=2):
+    """Eq. 4: what a WGAN's critic maximises, and its generator minimises. -> scalar.
+
+    real_d [N], fake_d [M]: the critic D at real and at fake samples; grad_norm [K]: ‖∇D(x̃)‖ at a
+    mixture of the two; τ ≥ 0.
+    """
+    # E[ D(x^r) ] − E[ D(x^g) ] − τ E[ ‖∇D(x̃)‖^p ]
+    return real_d.mean() - fake_d.mean() - tau * (grad_norm ** p).mean()
 
 
 def log_discriminator(log_p_y, log_p_phi):
-    """Eq. 5: the optimisable discriminator, high where x_t looks like y and not like φ's samples.
+    """Eq. 5: the discriminator, high where x_t looks like y and not like φ, the fake samples.
 
     log_p_y = log p(y | x_t) and log_p_phi = log p(φ | x_t), of any one shape.
     """
-    # D(x_t; y, φ) = log p(y|x_t) − log p(φ|x_t)
+    # D(x_t; y) = log p(y|x_t) − log p(φ|x_t)
     return log_p_y - log_p_phi
 
 
@@ -116,6 +130,12 @@ def generator_bound(log_p_y, log_p_phi, lam):
     return (log_p_phi - lam * log_p_y).mean()
 
 
+def classifier_score(eps_uncond, eps_y, sigma_t):
+    """The Bayes step before Eq. 7: the diffusion model as a classifier. -> ∇ log p(y | x_t)."""
+    # ∇ log p(y|x_t) = ∇ log p(x_t|y) − ∇ log p(x_t) = −(ε_y − ε_∅) / σ_t
+    return -(eps_y - eps_uncond) / _coefficient(sigma_t, eps_y)
+
+
 def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     """Eq. 7: the gradient of Eq. 6's bound with respect to x0, with ω(t) for the factor α_t/σ_t.
 
@@ -128,67 +148,75 @@ def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     return _coefficient(omega, eps_y) * (cfg_noise(eps_uncond, eps_y, lam) - eps_phi)
 
 
-def discriminator_loss_density(fake_log_p_y, fake_log_p_phi, real_log_p_y, real_log_p_phi,
-                               eta=0.5, gamma=-1.0):
-    """Eq. 8: the critic's loss on fake samples x^g and real samples x^r, in densities. -> scalar.
+def discriminator_loss_density(fake_d, real_d, grad_norm2, tau):
+    """Eq. 8: the discriminator's loss from its values; Eq. 4 at p = 2 with the sign of a loss.
 
-    η shares the weight between the two halves, γ is the real half's sign and strength: η = ½ and
-    γ = −1 is the WGAN critic E[D(x^g)] − E[D(x^r)]. Where η and γ stand is as we understand it (the
-    paper's text was not at hand): the form that Eq. 10, its condition and editing all agree with.
+    fake_d [N], real_d [M]: D (Eq. 5) at noised fake and real samples; grad_norm2 [K]: ‖∇D(x̃_t)‖².
     """
-    # L_D = 2η E[ D(x_t^g) ] + 2(1 − η) γ E[ D(x_t^r) ]
-    fake = log_discriminator(fake_log_p_y, fake_log_p_phi).mean()
-    real = log_discriminator(real_log_p_y, real_log_p_phi).mean()
-    return 2 * (eta * fake + (1 - eta) * gamma * real)
+    # L_D = E[ D(x_t^g) ] − E[ D(x_t^r) ] + τ E[ ‖∇D(x̃_t)‖²₂ ]
+    return fake_d.mean() - real_d.mean() + tau * grad_norm2.mean()
+
+
+def gradient_penalty(eps_y, eps_phi, sigma_t):
+    """‖∇D‖² of Eq. 8 in noise predictions, from ∇D = ∇ log p(x_t|y)/p(x_t|φ). -> [B]."""
+    # ∇D = (ε_φ − ε_y) / σ_t   ⇒   ‖∇D‖² = ‖ε_y − ε_φ‖² / σ_t²
+    norm2 = _norm2(eps_y - eps_phi)
+    return norm2 / _per_sample(sigma_t, norm2) ** 2
 
 
 def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-1.0):
-    """Eq. 9: Eq. 8 with log p(x0|·) as denoising errors, −‖ε_· − ε‖² up to constants. -> scalar.
+    """Eq. 9: Eq. 8 as a loss of φ in noise predictions, up to terms without φ. -> scalar.
 
     eps and the four predictions are [B, C, H, W]; fake_… at the noised fake, real_… at the noised
-    real samples, both with the noise eps. η = ½, γ = −1 is the WGAN critic; η = 0, γ = 1 fits φ to
-    the real samples (editing, the source image). As we understand it: see Eq. 8.
+    real samples, both with the noise eps. The first row is D(x^g) − D(x^r), with −log p(x0|·) as a
+    denoising error (an ELBO step: a difference of two bounds, so itself no bound of Eq. 8); the
+    second is the penalty, σ_t² gradient_penalty, at real samples with weight η, at fake ones with
+    weight γ. The paper advises η = ½ and γ ∈ [−1, 0). In ε_{x^r;φ} the curvature is η − 1: for
+    η < 1 the loss is concave there, with its *maximum* at (ε − η ε_y)/(1 − η), and has no minimum,
+    also at η = ½; what bounds φ is its low rank, its shared weights, the rate and the steps.
     """
-    # 2η (‖ε_{x^g;φ} − ε‖² − ‖ε_{x^g;y} − ε‖²) + 2(1 − η) γ (‖ε_{x^r;φ} − ε‖² − ‖ε_{x^r;y} − ε‖²)
+    # ‖ε_{x^g;φ} − ε‖² − ‖ε_{x^r;φ} − ε‖² + η ‖ε_{x^r;y} − ε_{x^r;φ}‖² + γ ‖ε_{x^g;y} − ε_{x^g;φ}‖²
     eta, gamma = _per_sample(eta, eps), _per_sample(gamma, eps)
-    fake = _norm2(fake_phi - eps) - _norm2(fake_y - eps)
-    real = _norm2(real_phi - eps) - _norm2(real_y - eps)
-    return (2 * (eta * fake + (1 - eta) * gamma * real)).mean()
+    critic = _norm2(fake_phi - eps) - _norm2(real_phi - eps)
+    penalty = eta * _norm2(real_y - real_phi) + gamma * _norm2(fake_y - fake_phi)
+    return (critic + penalty).mean()
+
+
+def gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta=0.5):
+    """The condition under Eq. 9: the least γ for which its penalty is not negative. -> 0-d.
+
+    A ratio of means over the batch (the paper prints no E here), as the penalty is a mean. −inf
+    where φ and y agree on the fake samples: any γ will do. It is no condition of Eq. 10's bound.
+    Raises ValueError for η < 0.
+    """
+    if eta < 0:
+        raise ValueError(f"eta must be at least 0, not {eta}")
+    # γ ≥ −η E‖ε_{x^r;y} − ε_{x^r;φ}‖² / E‖ε_{x^g;y} − ε_{x^g;φ}‖²
+    real, fake = _norm2(real_y - real_phi).mean(), _norm2(fake_y - fake_phi).mean()
+    return torch.where(fake > 0, -eta * real / fake, -math.inf)
 
 
 def discriminator_loss_text(eps, fake_phi, fake_y, gamma=-1.0):
     """Eq. 10: the discriminator's loss when only a prompt is given, no real samples. -> scalar.
 
-    All [B, C, H, W], without classifier-free guidance. γ = 0 is VSD's φ loss; at γ = −1, the
-    released code's default, the loss is *affine* in ε_φ: nothing but the learning rate and the
-    number of steps bounds φ. It bounds Eq. 9 at η = ½, γ = −1 from above, up to terms without φ, as
-    long as its own γ ≥ gamma_lower_bound(…): between the losses, not between their gradients.
+    All [B, C, H, W], without classifier-free guidance. At η = ½, Eq. 9 with the same γ, whatever it
+    is, is at most this plus E‖ε_{x^r;y} − ε‖², which has no φ: between the losses, not between
+    their gradients, where the paper prints the «≤». γ = 0 is VSD's loss; −1 is the paper's 2D
+    setting, −0.5 its 3D one (the released configurations have −0.75). At γ = −1 the loss is
+    *affine* in ε_φ: nothing but the learning rate and the number of steps bounds φ.
     """
     # ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖²
     gamma = _per_sample(gamma, eps)
     return (_norm2(fake_phi - eps) + gamma * _norm2(fake_y - fake_phi)).mean()
 
 
-def gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta=0.5):
-    """The condition under Eq. 9: the least γ for which Eq. 10 bounds Eq. 9 from above. -> 0-d.
-
-    From ‖a − b‖² ≤ 2‖a‖² + 2‖b‖² with a, b = the errors of φ and of y on real samples. −inf where
-    φ and y agree on the fake samples. Raises ValueError unless 0 < η ≤ 1.
-    """
-    if not 0 < eta <= 1:
-        raise ValueError(f"eta must lie in (0, 1], not {eta}")
-    # γ ≥ −(1 − η)/(2η) · E‖ε_{x^r;φ} − ε_{x^r;y}‖² / E‖ε_{x^g;φ} − ε_{x^g;y}‖²
-    real, fake = _norm2(real_phi - real_y).mean(), _norm2(fake_phi - fake_y).mean()
-    bound = -(1 - eta) / (2 * eta) * real / fake
-    return torch.where(fake > 0, bound, torch.full_like(bound, -math.inf))
-
-
 def optimal_eps_phi(eps, fake_y, gamma):
     """The ε_φ that minimises Eq. 10 for γ > −1. With E[ε | x_t] for eps: the optimal discriminator.
 
-    Eq. 10 is (1 + γ)‖ε_φ‖² plus linear terms: strictly convex for γ > −1, affine at γ = −1, concave
-    below, so ValueError for γ ≤ −1: there is no minimiser. Put into Eq. 7, it gives 1/(1 + γ) times
-    VSD's bracket at guidance λ_eff = 1 + (1 + γ)(λ − 1): γ < 0 turns guidance down alone.
+    Ours, not in the paper. Eq. 10 is (1 + γ)‖ε_φ‖² plus linear terms: strictly convex for γ > −1,
+    affine at γ = −1, concave below, so ValueError for γ ≤ −1: there is no minimiser. Put into
+    Eq. 7, it gives 1/(1 + γ) times VSD's bracket at guidance λ_eff = 1 + (1 + γ)(λ − 1): γ < 0
+    turns guidance down alone.
     """
     if float(gamma.min() if torch.is_tensor(gamma) else gamma) <= -1:
         raise ValueError(f"Eq. 10 has no minimiser for gamma <= -1 (it is not convex): {gamma}")
@@ -206,54 +234,6 @@ OMEGAS = {
 }
 
 
-# ----------------------------------------------------------------- generators: what is optimised
-class Latents(nn.Module):
-    """The simplest generator: θ is x0 itself, `images` [B, 3, H, W] encoded, or unit noise."""
-
-    def __init__(self, prior, particles=1, rng=None, images=None):
-        super().__init__()
-        self.prior = prior
-        if images is None:
-            start = torch.randn(particles, *prior.shape, generator=rng).to(prior.device)
-        else:
-            with torch.no_grad():
-                start = repeated(prior.encode_image(images.to(prior.device)), particles)
-        self.theta = nn.Parameter(start)
-
-    def forward(self):
-        return self.theta
-
-    @torch.no_grad()
-    def images(self):
-        """-> RGB [B, 3, H, W] in [0, 1]."""
-        return self.prior.decode(self.theta)
-
-
-class Pixels(nn.Module):
-    """θ is the picture; x0 is its encoding, so that gradients reach the pixels through the VAE."""
-
-    def __init__(self, prior, particles=1, rng=None, images=None):
-        super().__init__()
-        self.prior = prior
-        if images is None:
-            images = 0.5 + 0.1 * torch.randn(particles, 3, *prior.image_size, generator=rng)
-        self.theta = nn.Parameter(repeated(images.to(prior.device), particles))
-
-    def forward(self):
-        return self.prior.encode_image(self.theta)
-
-    @torch.no_grad()
-    def images(self):
-        return self.theta.clamp(0, 1)
-
-
-def repeated(start, particles):
-    """[N, …] -> [particles, …], a multiple of N, in turn; ValueError where it is none."""
-    if particles % len(start):
-        raise ValueError(f"{particles} particles cannot start from {len(start)} pictures alike")
-    return start.repeat(particles // len(start), *[1] * (start.dim() - 1))
-
-
 # --------------------------------------------------------------------------- methods and the loop
 @dataclass(frozen=True)
 class Method:
@@ -267,7 +247,8 @@ class Method:
     """
     phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7
-    gamma: float = -1.0           # γ of Eq. 10; 0 is VSD
+    gamma: float = -1.0           # γ of Eqs. 9 and 10; 0 is VSD
+    eta: float = 0.5              # η of Eq. 9: where there are real samples
     omega: str = "1"              # ω(t), a name of OMEGAS
     t_min: float = 0.02           # θ's t is uniform in [t_min T, t_max T]; φ's in 0 … T−1
     t_max: float = 0.98
@@ -294,22 +275,28 @@ METHODS = {
 }
 
 
+def generated(x0):
+    """What a Discriminator looks at by default: the generator's samples themselves."""
+    return x0
+
+
 @dataclass
 class Discriminator:
-    """D(x_t; y, φ) of Eq. 5: what it asks, what it sees, how φ learns. Editing subtracts a second.
+    """D(x_t; y) of Eq. 5: what it asks for, what it is shown, and what its φ learns from.
 
-    cond   y [1 or B, L, C].
-    gamma  of Eq. 10; with eta of Eq. 9, where there are real samples.
-    real   x0 of real samples [1 or B, C, H, W], or a function that returns it; None: there are
-           none, Eq. 10.
-    seen   x0 that the generator's gradient judges, likewise; None: the generator's samples.
+    cond        y [1 or B, L, C].
+    gamma, eta  of Eqs. 9 and 10.
+    fake, real  x0 of x^g and x^r in Eq. 9; real None: there are none, Eq. 10.
+    seen        x0 at which the generator's gradient is taken (editing shows D(x_t; z) the source).
+    Each of these three is a tensor [1 or B, C, H, W], or a function of the generator's samples x0.
     """
     phi: nn.Module
     cond: torch.Tensor
     gamma: float = -1.0
     eta: float = 0.5
+    fake: torch.Tensor | Callable = generated
     real: torch.Tensor | Callable | None = None
-    seen: torch.Tensor | Callable | None = None
+    seen: torch.Tensor | Callable = generated
 
 
 class State:
@@ -329,8 +316,8 @@ class State:
         theta = groups(method.lr) if groups else generator.parameters()
         self.opt_theta = OPTIMIZERS[method.optimizer](theta, method.lr)
         self.rates = [group["lr"] for group in self.opt_theta.param_groups]
-        self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0) \
-            if phi_parameters else None
+        self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0,
+                                         fused=True) if phi_parameters else None
 
     def parts(self):
         """(name, tensor, its optimiser or None) of θ, φ and of what else the generator keeps."""
@@ -358,9 +345,10 @@ class State:
             with torch.no_grad():
                 tensor.copy_(named[name])
             if f"{name}.step" in named:           # no gradient yet: no state
-                moments = {key: named[f"{name}.{key}"].to(tensor.device, copy=True)
-                           for key in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[tensor] = moments | {"step": named[f"{name}.step"].clone()}
+                device = tensor.device if optimizer.defaults.get("fused") else "cpu"
+                optimizer.state[tensor] = {"step": named[f"{name}.step"].to(device, copy=True)} | {
+                    key: named[f"{name}.{key}"].to(tensor.device, copy=True)
+                    for key in ("exp_avg", "exp_avg_sq")}
         self.rng.set_state(named["rng"])
         self.step, self.eps = step, named.get("eps")
 
@@ -380,58 +368,74 @@ def in_parts(size, function, *tensors):
     return torch.cat([function(*part) for part in parts])
 
 
-def predict_prior(prior, x_t, t, y, null, lam, micro_batch=None):
-    """(ε_∅, ε_y) in one batched call; where λ = 1 cancels ε_∅ in Eq. 2, ε_y stands for it."""
-    with torch.no_grad():
-        if lam == 1:
-            eps_y = in_parts(micro_batch, prior.eps, x_t, t, y)
-            return eps_y, eps_y
-        both = torch.cat([null.expand_as(y), y])
-        return in_parts(micro_batch, prior.eps, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+def guidance(step, x_t, t, y, null, lam):
+    """What Eq. 2 asks of the prior: ε_∅, but for λ = 1, where it cancels, and ε_y.
+
+    A φ with a method `asks` like this one asks something else instead, and maybe more.
+    """
+    return [None if lam == 1 else (x_t, t, null.expand_as(y)), (x_t, t, y)]
 
 
-def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None,
-                eps_uncond=None, eps_y=None):
+@torch.no_grad()
+def ask(prior, questions, micro_batch=None):
+    """A list of (x_t, t, cond), each [B, …], in one batched call without a graph -> their ε's.
+
+    A None is no question, and its answer is None.
+    """
+    asked = [question for question in questions if question is not None]
+    together = (torch.cat(parts) for parts in zip(*asked, strict=True))
+    said = in_parts(micro_batch, prior.eps, *together).split([len(t) for _, t, _ in asked])
+    said = iter(said)
+    return [None if question is None else next(said) for question in questions]
+
+
+def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None, said=()):
     """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
     def of(cond):
         size = None if getattr(phi, "whole", False) else micro_batch
-        return in_parts(size, phi, x_t, t, cond, eps, camera, eps_uncond, eps_y)
+        return in_parts(size, phi, x_t, t, cond, eps, camera, *said)
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
 
 
-def _pictures(given, x0):
-    """What a Discriminator was told to look at: a tensor, a function of no arguments, or x0."""
-    given = given() if callable(given) else given
-    return x0 if given is None else given.expand_as(x0)
+@dataclass
+class Update:
+    """One update of φ: where it looks, x_t^g and x_t^r of one t and ε, and what the prior says."""
+    t: torch.Tensor
+    eps: torch.Tensor
+    camera: torch.Tensor | None
+    fake_t: torch.Tensor
+    real_t: torch.Tensor | None = None    # None: Eq. 10
+    fake_y: torch.Tensor | None = None    # None: γ = 0
+    real_y: torch.Tensor | None = None    # None: η = 0
 
 
-def discriminator_step(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None,
-                       eps_y=None, eps_phi=None):
-    """Step 4 of the loop: one update of d's φ on the detached fake x0 [B, C, H, W]. -> loss_D.
+def discriminator_step(state, method, d, u, null, micro_batch=None, eps_phi=None):
+    """Step 4 of the loop: one Update u of d's φ. -> loss_D.
 
-    noise = (t, ε). eps_y and eps_phi, where the generator's step has computed them at this noise,
-    are used again. Only φ's evaluation has a graph; micro_batch bounds how much lives at once.
+    Only φ has a graph; micro_batch bounds how many samples' live at once. eps_phi: φ at x_t^g, with
+    its graph, where the generator's step has computed it.
     """
-    (t, eps), total = noise, 0.0
-    coefficients, y = prior.alpha_sigma(t), d.cond.expand(len(x0), -1, -1)
-    fake_t = add_noise(x0, eps, *coefficients)
-    real_t = None if d.real is None else add_noise(_pictures(d.real, x0), eps, *coefficients)
-    if eps_y is None and real_t is None and d.gamma != 0:
-        eps_y, _ = predict_prior(prior, fake_t, t, y, null, 1, micro_batch)  # no guidance on ε_y
+    y, total = d.cond.expand(len(u.t), -1, -1), 0.0
     state.opt_phi.zero_grad()
-    for part in torch.arange(len(x0), device=x0.device).split(micro_batch or len(x0)):
-        def phi_at(x_t, part=part):
-            return predict_phi(d.phi, x_t[part], t[part], y[part], null, eps[part],
-                               None if camera is None else camera[part], method.lam_phi)
-        if real_t is None:                                                   # Eq. 10
-            here = phi_at(fake_t) if eps_phi is None else eps_phi
-            target = here.detach() if eps_y is None else eps_y[part]         # γ = 0: not needed
-            loss = discriminator_loss_text(eps[part], here, target, d.gamma)
-        else:                     # Eq. 9 without its terms of y, and any half of weight 0: no φ
-            nil = eps[part]
-            loss = discriminator_loss(nil, phi_at(fake_t) if d.eta else nil, nil,
-                                      phi_at(real_t) if d.eta < 1 else nil, nil, d.eta, d.gamma)
-        loss = loss * len(part) / len(x0)
+    for part in torch.arange(len(y), device=y.device).split(micro_batch or len(y)):
+        eps, t, camera = (None if v is None else v[part] for v in (u.eps, u.t, u.camera))
+        looked_at = [x_t[part] for x_t in (u.fake_t, u.real_t) if x_t is not None]
+        if eps_phi is None:                         # φ once, at x_t^g and x_t^r
+            n = len(looked_at)
+            several = (None if v is None else torch.cat([v] * n) for v in (t, y[part], eps, camera))
+            t, cond, noise, camera = several
+            said = predict_phi(d.phi, torch.cat(looked_at), t, cond, null, noise, camera,
+                               method.lam_phi).chunk(n)
+        else:
+            said = [eps_phi]
+        # a prediction of the prior that has no weight is not asked for: φ's own stands for it
+        of_y = [phi.detach() if v is None else v[part]
+                for phi, v in zip(said, (u.fake_y, u.real_y))]
+        if u.real_t is None:
+            loss = discriminator_loss_text(eps, said[0], of_y[0], d.gamma)                # Eq. 10
+        else:
+            loss = discriminator_loss(eps, said[0], of_y[0], said[1], of_y[1], d.eta, d.gamma)
+        loss = loss * len(part) / len(y)
         check_finite(loss, "discriminator's loss", state.step)
         loss.backward()
         total += loss.item()
@@ -446,18 +450,6 @@ def check_gradients(optimizer, name, step):
     check_finite(torch.nn.utils.get_total_norm(grads), name, step)
 
 
-def update_phi(prior, state, method, d, x0, null, camera, micro_batch, noise=None, eps_y=None,
-               eps_phi=None):
-    """φ's updates of one step of the loop, each at a draw of its own or at `noise`. -> loss_D."""
-    for i in range(method.phi_steps):
-        told, here = camera, noise or draw(state.rng, x0, 0, prior.steps - 1)
-        if camera is not None:                  # one view in ten is learnt without its camera
-            told = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
-        loss = discriminator_step(prior, state, method, d, x0, null, here, told, micro_batch,
-                                  eps_y, eps_phi if i == 0 else None)
-    return loss
-
-
 def check_finite(tensor, name, step):
     """A non-finite value ends the run; hidden as zero, it would end as a black picture."""
     if not torch.isfinite(tensor).all():
@@ -466,41 +458,67 @@ def check_finite(tensor, name, step):
 
 
 def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None):
-    """Step 2 of the loop for one discriminator: the gradient of Eq. 7, and what step 4 is to do.
+    """One step of the loop for the discriminator d: a Python generator, as two may work together.
 
-    x0 [B, C, H, W] detached. -> (gradient like x0, learn), learn() -> loss_D updates d's φ.
+    x0 [B, C, H, W] detached, noise = (t, ε). It yields what it asks of the prior, a list of (x_t,
+    t, cond), and is sent the answers; then it yields the gradient of Eq. 7, like x0; then, φ
+    updated, loss_D.
     """
     t, eps = noise
     alpha_t, sigma_t = prior.alpha_sigma(t)
-    x_t = add_noise(_pictures(d.seen, x0), eps, alpha_t, sigma_t)
-    y, base = d.cond.expand(len(x0), -1, -1), null
-    if hasattr(d.phi, "prompts"):            # a φ with words of its own may change what is asked
-        y, base = d.phi.prompts(state.step, y, null)
-    # ε_∅ and ε_y without a graph
-    eps_uncond, eps_y = predict_prior(prior, x_t, t, y, base, method.lam, micro_batch)
-    # φ may learn from the same t and ε: ε_y and ε_φ serve again if it sees the same x_t
+
+    def noised(given, t, eps):
+        given = given(x0) if callable(given) else given
+        return add_noise(given.expand_as(x0), eps, *prior.alpha_sigma(t))
+    x_t, y = noised(d.seen, t, eps), d.cond.expand(len(x0), -1, -1)
+    questions = getattr(d.phi, "asks", guidance)(state.step, x_t, t, y, null, method.lam)
+    told, for_theta = questions[1][2], len(questions)
+    # what φ will learn from, at a draw of its own or at this one: then x_t^g may be x_t itself
     trains = any(p.requires_grad for p in d.phi.parameters())
-    again = method.share_noise and d.seen is None and d.real is None
-    learn = functools.partial(
-        update_phi, prior, state, method, d, x0, null, camera, micro_batch,
-        noise if method.share_noise else None, eps_y if again else None) if trains else lambda: 0.0
+    again, updates = method.share_noise and d.fake is d.seen, []
+    for _ in range(method.phi_steps if trains else 0):
+        t_phi, eps_phi = noise if method.share_noise else draw(state.rng, x0, 0, prior.steps - 1)
+        seen_from = camera
+        if camera is not None:               # one view in ten is learnt without its camera
+            seen_from = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
+        u = Update(t_phi, eps_phi, seen_from, x_t if again else noised(d.fake, t_phi, eps_phi))
+        if d.gamma != 0 and not again:
+            questions.append((u.fake_t, t_phi, y))                # no guidance on ε_y
+        if d.real is not None:
+            u.real_t = noised(d.real, t_phi, eps_phi)
+            if d.eta != 0:
+                questions.append((u.real_t, t_phi, y))
+        updates.append(u)
+
+    answers = iter((yield questions))
+    eps_uncond, eps_y, *more = (next(answers) for _ in range(for_theta))
+    eps_uncond = eps_y if eps_uncond is None else eps_uncond         # λ = 1: it cancels
+    for u in updates:
+        if d.gamma != 0:
+            u.fake_y = eps_y if again else next(answers)
+        if u.real_t is not None and d.eta != 0:
+            u.real_y = next(answers)
+
+    def learn(eps_phi=None):
+        losses = [discriminator_step(state, method, d, u, null, micro_batch,
+                                     eps_phi if i == 0 else None) for i, u in enumerate(updates)]
+        return losses[-1] if losses else 0.0
     if method.phi_first:
         loss_D = learn()
-        learn = lambda: loss_D
-    # … and ε_φ: with its graph where the discriminator's step uses it again
+    # ε_φ: with its graph where φ's update uses it again
     whole = micro_batch is None or micro_batch >= len(x0)
-    keep = trains and again and whole and not method.phi_first and camera is None
+    keep = trains and again and whole and d.real is None and camera is None \
+        and not method.phi_first
     with torch.set_grad_enabled(keep):
-        eps_phi = predict_phi(d.phi, x_t, t, y, null, eps, camera, method.lam_phi, micro_batch,
-                              eps_uncond, eps_y)
-    if keep:
-        learn = functools.partial(learn, eps_phi=eps_phi)
+        eps_phi = predict_phi(d.phi, x_t, t, told, null, eps, camera, method.lam_phi, micro_batch,
+                              (eps_uncond, eps_y, *more))
     omega = OMEGAS[method.omega](alpha_t, sigma_t)
-    return generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega), learn
+    yield generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
+    yield loss_D if method.phi_first else learn(eps_phi if keep else None)
 
 
 def distill(prior, generator, cond, method="asd", phi=None, second=None, state=None, seed=0,
-            micro_batch=None, callback=None):
+            micro_batch=None, callback=None, real=None):
     """The loop: optimise the generator's θ until its samples look to the prior like the prompt.
 
     prior       a Prior.
@@ -516,10 +534,13 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     micro_batch samples per UNet call; default: all. Below B, φ's graph is not kept: with shared
                 noise φ is evaluated once more.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
+    real        x0 [N, C, H, W] of real samples, for the image-conditioned case: φ learns by Eq. 9,
+                each time from B of them, drawn anew. Default: there are none, Eq. 10.
 
     Returns the State. UNet evaluations per particle and step: SDS 2; with shared noise 3 + 1
-    backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD 5 + 1. Raises FloatingPointError
-    where a gradient or loss is not finite.
+    backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD 5 + 1; real samples add 1 + 1
+    and, for η ≠ 0, 1. The prior's are one batched call. Raises FloatingPointError where a gradient
+    or loss is not finite.
     """
     method = METHODS[method] if isinstance(method, str) else method
     if state is None:
@@ -541,14 +562,18 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         if method.fixed_noise:
             state.eps = noise[1] if state.eps is None else state.eps.to(x0.device)
             noise = noise[0], state.eps
-        # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one
-        look = functools.partial(judge, prior, state, method, x0=fake, null=null, noise=noise,
-                                 camera=camera, micro_batch=micro_batch)
-        grad, learn = look(Discriminator(state.phi, y, method.gamma))
-        learns = [learn]
-        if state.second is not None:
-            minus, learn = look(state.second)
-            grad, learns = grad - minus, [*learns, learn]
+        # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one. All draws of the
+        # step come first, so that the prior is asked once for what θ and φ need of it
+        first = Discriminator(state.phi, y, method.gamma, method.eta, real=None if real is None else
+                              lambda x0: real[torch.randint(len(real), x0.shape[:1],
+                                                            generator=state.rng)])
+        judges = [judge(prior, state, method, d, fake, null, noise, camera, micro_batch)
+                  for d in ([first] if state.second is None else [first, state.second])]
+        questions = [next(one) for one in judges]
+        answers = iter(ask(prior, sum(questions, []), micro_batch))
+        grad, *minus = (one.send([next(answers) for _ in asked])
+                        for one, asked in zip(judges, questions, strict=True))
+        grad = grad - minus[0] if minus else grad
         # 3. θ: Eq. 7, sent through x0 by the surrogate ⟨stop(grad), x0⟩ / B
         check_finite(grad, "generator's gradient", state.step)
         surrogate = (grad * x0).sum().div(len(x0))
@@ -562,7 +587,7 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
             group["lr"] = rate * (method.lr_end + (1 - method.lr_end) * fall)
         state.opt_theta.step()
         # 4. φ: Eq. 10 (or 9), with its own draw or this one
-        loss_D = sum(learn() for learn in learns)
+        loss_D = sum(next(one) for one in judges)
         state.step += 1
         if callback:
             callback(state, {"loss_G": grad.norm().item(), "loss_D": loss_D,

@@ -15,9 +15,11 @@ F(x_t; y, z) = D(x_t; y) − D(x_t; z). The generator's gradient is Eq. 7 twice:
 | 11 editing gradient          | editing_grad          | test_eq11_…                         |
 | Delta Denoising Score        | editing_grad, ε_φ = ε | test_dds_…                          |
 | 9  for φ_z, η = 0, γ = 1     | second_discriminator  | test_phi_z_…                        |
+| 10 for φ_y, γ = −1           | asd.distill           | test_the_loop_is_eq11               |
 
-The loop is asd.distill, which subtracts `second`. Notation as in asd.py; z is the source prompt,
-images are RGB [B, 3, H, W] in [0, 1].
+(As printed, Eq. 11 closes ω's bracket before the second row, a misprint: ω weighs both.) As in the
+paper's §6, D(x_t; z) is shown the source image. The loop is asd.distill, which subtracts `second`.
+Notation as in asd.py; z is the source prompt, images are RGB [B, 3, H, W] in [0, 1].
 """
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -44,14 +46,14 @@ def editing_grad(target, source, lam, omega=1.0):
 class Edit(asd.Method):
     """A Method and what the second discriminator's φ_z learns from.
 
-    The paper gives φ_z Eq. 9 with η = 0 and γ = 1 and the source image to D(x_t; z), but not in so
-    many words which pictures are real. "source": the source image is real, the edit fake, so φ_z
-    fits ε to the one noised source image. "edit", the other reading: the edit is real, which is
-    Eq. 10 with γ = 0, VSD's loss, on the edit. "text": Eq. 10 with the row's γ on the edit, which
-    the paper allows. "none": no second discriminator, plain distillation that starts at the image.
-    "source" did better here: 60 edits stayed 0.3 dB closer to the source at the same score.
+    The paper (§6): φ_z by Eq. 9 with η = 0 and γ = 1. Who is fake there and who real it does not
+    say. "eq9": the edit is x^g and the source image x^r, as §4 has them. "swapped": x^g is what
+    D(x_t; z) is shown, the source, and x^r the edit. "source": both are the source, which leaves
+    ‖ε_z − ε_φz‖², of which a LoRA, as it starts at ε_z, has nothing to learn. "eq10": Eq. 10 with
+    the row's γ on the edit, which §4 allows, too. "none": no second discriminator, plain
+    distillation that starts at the image.
     """
-    phi_z: str = "source"
+    phi_z: str = "eq9"
 
 
 # plain SGD, as in the DDS notebook: where the two discriminators agree little is left, and Adam
@@ -60,8 +62,6 @@ SETTING = {"optimizer": "sgd", "lr": 0.03, "steps": 60, "omega": "sigma2", "t_la
            "t_max_late": 0.98}
 METHODS = {
     "asd": Edit(**SETTING),
-    "asd-edit": Edit(**SETTING, phi_z="edit"),
-    "asd-10": Edit(**SETTING, phi_z="text"),
     # Delta Denoising Score: t in 50 … 948 of 1000; ω = 1, lr smaller by the mean of σ², 0.63
     "dds": Edit(**SETTING | {"lr": 0.02, "omega": "1"}, phi=asd.NoisePhi, t_min=0.05, t_max=0.948),
     "sds": Edit(**SETTING, phi=asd.NoisePhi, phi_z="none"),
@@ -81,10 +81,13 @@ def second_discriminator(method, phi_z, z, source):
     """D(x_t; z) of Eq. 11, which the loop subtracts. -> Discriminator, None where there is none.
 
     z [1 or B, L, C] the source prompt; source: x0 [1 or B, C, H, W] of the source image, or a
-    function that returns the one that belongs to the generator's last sample.
+    function of the generator's samples that returns the ones they belong to.
     """
-    learns = {"source": {"real": source, "eta": 0.0, "gamma": 1.0},          # Eq. 9: on the image
-              "edit": {"gamma": 0.0}, "text": {"gamma": method.gamma}}       # Eq. 10: on the edit
+    paper, edit = {"eta": 0.0, "gamma": 1.0}, asd.generated
+    learns = {"eq9": {"fake": edit, "real": source} | paper,
+              "swapped": {"fake": source, "real": edit} | paper,
+              "source": {"fake": source, "real": source} | paper,
+              "eq10": {"gamma": method.gamma}}
     if method.phi_z == "none":
         return None
     if method.phi_z not in learns:
@@ -157,8 +160,9 @@ def add_flags(add):
     add("--mask", metavar="PNG", help="white where it may change, not where it is black "
         "or transparent; as large as the picture")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
-    add("--phi-z", choices=["source", "edit", "text", "none"], help="what φ_z learns from: the "
-        "source image (default), the edit, by Eq. 10; or no second discriminator")
+    add("--phi-z", choices=["eq9", "swapped", "source", "eq10", "none"], help="how φ_z learns: by "
+        "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by "
+        "Eq. 10 on the edit; or no second discriminator")
     translation.add_flags(add)
     variants.add_options(add)
 
@@ -205,7 +209,7 @@ def build(settings, prior, method, rng, folder, anew):
         size = prior.image_size
         image, mask = read_pictures(settings, size) if anew else (torch.zeros(1, 3, *size), None)
         generator = Edited(prior, image, mask, settings["pixels"], rng)
-    second = second_discriminator(method, phi_z, z, lambda: generator.source)
+    second = second_discriminator(method, phi_z, z, lambda x0: generator.source)
     return asd.State(generator, phi, method, rng, second), y
 
 

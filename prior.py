@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 
@@ -136,6 +137,54 @@ class Prior:
         """The same for another view of the UNet, φ's, whatever the canvas."""
         output = unet(x_t.to(self.dtype), t, cond.to(self.dtype), **kwargs).sample.float()
         return to_eps(output, x_t, *self.alpha_sigma(t), self.prediction_type)
+
+
+# --------------------------------------------------- generators whose θ is x0, or a picture, itself
+class Latents(nn.Module):
+    """The simplest generator: θ is x0 itself, `images` [B, 3, H, W] encoded, or unit noise."""
+
+    def __init__(self, prior, particles=1, rng=None, images=None):
+        super().__init__()
+        self.prior = prior
+        if images is None:
+            start = torch.randn(particles, *prior.shape, generator=rng).to(prior.device)
+        else:
+            with torch.no_grad():
+                start = repeated(prior.encode_image(images.to(prior.device)), particles)
+        self.theta = nn.Parameter(start)
+
+    def forward(self):
+        return self.theta
+
+    @torch.no_grad()
+    def images(self):
+        """-> RGB [B, 3, H, W] in [0, 1]."""
+        return self.prior.decode(self.theta)
+
+
+class Pixels(nn.Module):
+    """θ is the picture; x0 is its encoding, so that gradients reach the pixels through the VAE."""
+
+    def __init__(self, prior, particles=1, rng=None, images=None):
+        super().__init__()
+        self.prior = prior
+        if images is None:
+            images = 0.5 + 0.1 * torch.randn(particles, 3, *prior.image_size, generator=rng)
+        self.theta = nn.Parameter(repeated(images.to(prior.device), particles))
+
+    def forward(self):
+        return self.prior.encode_image(self.theta)
+
+    @torch.no_grad()
+    def images(self):
+        return self.theta.clamp(0, 1)
+
+
+def repeated(start, particles):
+    """[N, …] -> [particles, …], a multiple of N, in turn; ValueError where it is none."""
+    if particles % len(start):
+        raise ValueError(f"{particles} particles cannot start from {len(start)} pictures alike")
+    return start.repeat(particles // len(start), *[1] * (start.dim() - 1))
 
 
 # -------------------------------------------------------------------------- sampling from the prior

@@ -219,7 +219,16 @@ KINDS = {  # kind of edit: the style before and after, how far down the list the
     "refinement": ("a flat icon of", "a 3d render of", 0),
     "replacement": ("a 3d render of", "a 3d render of", 1),
 }
-EDITED_BY = ("dds", "asd", "asd-edit")
+# the rows of the table: a method, and a reading of the second discriminator's Eq. 9 (editing.Edit)
+EDITED_BY = {"dds": ("dds", "eq9"), "asd": ("asd", "eq9"), "swapped": ("asd", "swapped"),
+             "source": ("asd", "source")}
+
+
+def edited_by(name):
+    """A row of EDITED_BY as an editing.Edit."""
+    import editing
+    method, phi_z = EDITED_BY[name]
+    return replace(editing.METHODS[method], phi_z=phi_z)
 
 
 def edit_prompts(kind, i):
@@ -237,7 +246,8 @@ def edited_unit(prior, kind, i):
     source, target = edit_prompts(kind, i)
     before = sampled(prior, [source], i)
     pictures = {"source": before, "unrelated": sampled(prior, [target], 1000 + i)} | {
-        name: editing.edit(prior, before, [source], [target], name, i) for name in EDITED_BY}
+        name: editing.edit(prior, before, [source], [target], edited_by(name), i)
+        for name in EDITED_BY}
     return {name: distances(before, after, source, target) for name, after in pictures.items()}
 
 
@@ -248,7 +258,7 @@ def edit_table(path, part="1/1"):
     processes: a half each; whichever ends last prints the table and writes it.
     """
     prior = asd.Prior.from_pretrained("tiny-sd")
-    key = fingerprint(*prior.unet.parameters(), *(editing.METHODS[name] for name in EDITED_BY))
+    key = fingerprint(*prior.unet.parameters(), *map(edited_by, EDITED_BY))
     files = {(kind, j): Path("outputs/edits", f"{kind}-{j}-{key}.json")
              for j in range(len(CONCEPTS)) for kind in KINDS}
     if not made(files, part, lambda file, kind, j: write_text(
@@ -268,7 +278,7 @@ def print_edits(found):
     table = {}
     for kind, edits in (found | {"all": sum(found.values(), [])}).items():
         rows = {name: [edit[name] for edit in edits] for name in edits[0]}
-        for one, other in (("asd", "dds"), ("asd-edit", "asd")):
+        for one, other in [("asd", "dds")] + [(name, "asd") for name in list(EDITED_BY)[2:]]:
             rows[f"{one} minus {other}"] = [{key: edit[one][key] - edit[other][key]
                                              for key in edit[one]} for edit in edits]
         table[kind] = {name: {key: mean_and_error([row[key] for row in each]) for key in each[0]}

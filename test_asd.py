@@ -1,17 +1,19 @@
 """Every equation of the paper as a test, on a prior whose densities are known exactly.
 
     Eq.  function                        claim beside test_equation[function]
-    1    –                               test_sds_with_cfg_is_not_the_gradient_of_the_diffusion_loss
+    1    sds_grad at λ = 1               test_sds_with_cfg_is_not_the_gradient_of_the_diffusion_loss
     2    cfg_noise                       –
     3    sds_grad                        test_sds_is_eq7_with_the_added_noise
-    5    classifier_score                –
+    4    wgan_objective                  test_eq8_is_eq4_with_the_sign_of_a_loss
     5    log_discriminator               –
     6    generator_loss                  test_eq6_bound_holds_for_lam_at_least_one
     6    generator_bound                 test_eq6_bound_fails_for_lam_below_one
+    –    classifier_score                –
     7    generator_grad                  test_eq7_is_the_gradient_of_eq6
-    8    discriminator_loss_density      –
-    9    discriminator_loss              test_eq9_is_zero_where_phi_is_y
-    9    gamma_lower_bound               test_the_condition_is_needed
+    8    discriminator_loss_density      test_eq8_on_the_exact_prior
+    8    gradient_penalty                test_eq8_on_the_exact_prior
+    9    discriminator_loss              test_eq9_penalty_is_that_of_eq8, test_eq9_has_no_minimum
+    9    gamma_lower_bound               test_the_condition_keeps_the_penalty_nonnegative
     10   discriminator_loss_text         test_eq10_is_above_eq9_up_to_terms_without_phi
     10   optimal_eps_phi                 test_minimiser_has_no_slope, test_lam_eff
     all  –                               test_methods_on_the_exact_mixture_are_in_order
@@ -20,8 +22,7 @@ test_equation checks the identity itself, test_every_wrong_sign_is_noticed that 
 fails for each sign flipped in the function's source.  Three kinds of oracle: autograd on exact
 log-densities, closed forms, and numbers worked by hand.
 
-Where η and γ stand in Eqs. 8 and 9, and the condition on γ, are as we understand the paper, whose
-text we could not read: those checks say that the three agree with one another and with Eq. 10.
+Checked against the paper's full main text; its supplement was not available.
 """
 
 import ast
@@ -50,6 +51,7 @@ levels = st.floats(0.05, 0.95)
 guidance = st.floats(1.0, 100.0)
 shapes = st.tuples(*[st.integers(1, n) for n in (4, 4, 5, 5)])
 convex = st.floats(-0.95, 10.0)                   # the γ for which Eq. 10 has a minimiser
+either = st.floats(-3.0, 3.0)                     # a weight of the penalty, of either sign
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,12 +73,12 @@ def noise(seed, shape, count, dtype=torch.float64):
     return [randn(*shape, generator=g).to(dtype) for _ in range(count)]
 
 
-def scene(mixture, t=0.4, n=6, seed=0):
-    """Noised samples of class y with all that the exact prior says about them; φ is class 1."""
+def scene(mixture, t=0.4, n=6, seed=0, of=Y):
+    """Noised samples of a class with all that the exact prior says about them; φ is class 1."""
     s, g = SimpleNamespace(), torch.Generator().manual_seed(seed)
     s.alpha_t, s.sigma_t = cosine(t)
-    s.x0 = mixture.sample(n, y=Y, generator=g)
-    s.noise = randn(*s.x0.shape, generator=g)
+    s.noise = randn(n, mixture.means.shape[1], generator=g)     # the same ε for real and fake
+    s.x0 = mixture.sample(n, y=of, generator=g)
     s.x_t = (s.alpha_t * s.x0 + s.sigma_t * s.noise).requires_grad_()
     at = (s.x_t.detach(), s.alpha_t, s.sigma_t)
     s.eps_uncond, s.eps_y, s.eps_phi = (mixture.eps(*at, y=y) for y in (None, Y, PHI))
@@ -180,10 +182,12 @@ def check_cfg_noise(fn):
         close(fn(s.eps_uncond, s.eps_y, lam), -s.sigma_t * slope(s.log_p + lam * s.log_p_y, s.x_t))
 
 
-def check_classifier_score(fn):
-    """Eq. 5: the score of the implicit classifier is −(ε_y − ε_∅)/σ_t."""
-    s = scene(fixed_mixture())
-    close(fn(s.eps_uncond, s.eps_y, s.sigma_t), slope(s.log_p_y, s.x_t))
+def check_wgan_objective(fn):
+    """Eq. 4 by hand: the critic is to be high at real samples, low at fake ones, and not steep."""
+    real, fake, norm = (torch.tensor(v).double() for v in ([4.0, 2.0], [1.0, 3.0, 8.0], [2.0, 3.0]))
+    close(fn(real, fake, norm, 0.0), 3 - 4)
+    close(fn(real, fake, norm, 10.0), 3 - 4 - 10 * (4 + 9) / 2)                     # p = 2
+    close(fn(real, fake, norm, 10.0, 3), 3 - 4 - 10 * (8 + 27) / 2)
 
 
 def check_log_discriminator(fn):
@@ -211,6 +215,12 @@ def check_generator_bound(fn):
         close(fn(s.log_p_y, s.log_p_phi, lam) - loss, (1 - lam) * s.log_p_y.mean())
 
 
+def check_classifier_score(fn):
+    """Before Eq. 7: the score of the implicit classifier is −(ε_y − ε_∅)/σ_t."""
+    s = scene(fixed_mixture())
+    close(fn(s.eps_uncond, s.eps_y, s.sigma_t), slope(s.log_p_y, s.x_t))
+
+
 def check_generator_grad(fn):
     """Eq. 7: ∇_{x_t} [log p(φ|x_t) − λ log p(y|x_t)] = (ε_∅ + λ(ε_y − ε_∅) − ε_φ) / σ_t."""
     s = scene(fixed_mixture())
@@ -232,21 +242,28 @@ def check_sds_grad(fn):
 
 
 def check_discriminator_loss_density(fn):
-    """Eq. 8: fake critic minus real critic; η shares the weight 2, γ weights the real half."""
-    fake_y, fake_phi, real_y, real_phi = noise(0, (7,), 4)
-    fake, real = (fake_y - fake_phi).mean(), (real_y - real_phi).mean()
-    close(fn(fake_y, fake_phi, real_y, real_phi), fake - real)
-    close(fn(fake_y, fake_phi, real_y, real_phi, 1.0, 3.0), 2 * fake)
-    close(fn(fake_y, fake_phi, real_y, real_phi, 0.0, 1.0), 2 * real)
-    close(fn(fake_y, fake_phi, real_y, real_phi, 0.3, -0.7), 0.6 * fake - 0.98 * real)
+    """Eq. 8 by hand: the same three means with the sign of a loss."""
+    fake, real, grad_norm2 = (torch.tensor(v).double()
+                              for v in ([1.0, 3.0, 8.0], [4.0, 2.0], [1.5, 2.5]))
+    close(fn(fake, real, grad_norm2, 0.0), 4 - 3)
+    close(fn(fake, real, grad_norm2, 10.0), 4 - 3 + 10 * 2)
+
+
+def check_gradient_penalty(fn):
+    """In Eq. 8: ‖ε_y − ε_φ‖²/σ_t² is the squared norm of the exact ∇D, one per sample."""
+    s = scene(fixed_mixture())
+    D = asd.log_discriminator(s.log_p_y, s.log_p_phi)
+    close(fn(s.eps_y, s.eps_phi, s.sigma_t), norm2(slope(D, s.x_t)))
 
 
 def check_discriminator_loss(fn):
-    """Eq. 9 is Eq. 8 in noise: for exact denoisers, integrated over the noise level, they agree.
+    """Eq. 9's «≈» is an equality for exact denoisers, integrated over the noise level.
 
     log p(x0|c) = const − ½ ∫ E‖ε̂(x_t; c) − ε‖² d log SNR with a constant that is the same for
-    every c, so D(x0) = ½ ∫ E[‖ε_φ − ε‖² − ‖ε_y − ε‖²] d log SNR.  The expectation over ε is a
-    Gauss–Hermite sum, the integral a trapezoid sum; their weights enter through the square roots.
+    every c, so D(x0) = ½ ∫ E[‖ε_φ − ε‖² − ‖ε_y − ε‖²] d log SNR.  Other denoisers give bounds of
+    log p(x0|c); Eq. 9 has the difference of two, so it is no bound of Eq. 8.  The penalty is
+    σ_t²‖∇D‖² at every level.  The expectation over ε is a Gauss–Hermite sum, the integral a
+    trapezoid sum; their weights enter through the square roots.
     """
     g = torch.Generator().manual_seed(3)
     m = GaussianMixture(2 * randn(6, 1, generator=g), 0.6 + torch.rand(6, generator=g),
@@ -258,20 +275,27 @@ def check_discriminator_loss(fn):
     sigma_t = torch.sigmoid(-snr).sqrt().repeat_interleave(len(nodes))[:, None]
     root = (0.5 * step * weights / weights.sum() * len(eps)).sqrt().repeat(len(snr))[:, None]
 
-    def predictions(x0):
-        x_t = alpha_t * x0 + sigma_t * eps
-        return root * m.eps(x_t, alpha_t, sigma_t, PHI), root * m.eps(x_t, alpha_t, sigma_t, Y)
-
     def critic(x0):
+        """D(x0) = log p(x0|y) − log p(x0|φ), up to a constant."""
         x0 = torch.tensor([x0]).double()
         return m.log_p(x0, y=Y) - m.log_p(x0, y=PHI)
 
-    fake, real = 0.7, -1.9
-    tensors = (root * eps, *predictions(fake), *predictions(real))
-    close(fn(*tensors), critic(fake) - critic(real), 1e-7)
-    for eta, gamma in ((0.3, -0.7), (1.0, -1.0), (0.0, 1.0)):
-        close(fn(*tensors, eta, gamma),
-              2 * (eta * critic(fake) + (1 - eta) * gamma * critic(real)), 1e-7)
+    def noised(x0):
+        """-> ε_φ and ε_y at x_t, and E[σ_t²‖∇D(x_t)‖²]."""
+        x_t = (alpha_t * x0 + sigma_t * eps).requires_grad_()
+        D = m.log_p(x_t, alpha_t, sigma_t, Y) - m.log_p(x_t, alpha_t, sigma_t, PHI)
+        phi, y = (m.eps(x_t.detach(), alpha_t, sigma_t, c) for c in (PHI, Y))
+        return root * phi, root * y, norm2(root * sigma_t * slope(D, x_t)).mean()
+
+    (fake_phi, fake_y, fake_penalty), (real_phi, real_y, real_penalty) = noised(0.7), noised(-1.9)
+    eps = root * eps
+    tensors = (eps, fake_phi, fake_y, real_phi, real_y)
+    without_phi = norm2(real_y - eps).mean() - norm2(fake_y - eps).mean()
+    close(fn(*tensors, 0.0, 0.0) + without_phi, critic(0.7) - critic(-1.9), 1e-7)
+    close(fn(*tensors), fn(*tensors, 0.5, -1.0))
+    for eta, gamma in ((0.5, -1.0), (0.3, 0.7), (0.0, 1.0), (1.0, 0.0)):
+        close(fn(*tensors, eta, gamma) - fn(*tensors, 0.0, 0.0),
+              eta * real_penalty + gamma * fake_penalty)
 
 
 def check_discriminator_loss_text(fn):
@@ -286,26 +310,20 @@ def check_discriminator_loss_text(fn):
 
 
 def check_gamma_lower_bound(fn):
-    """The condition under Eq. 9: γ ≥ −(1 − η)/(2η) · E‖ε_{r;φ} − ε_{r;y}‖² / E‖ε_{g;φ} − ε_{g;y}‖².
+    """The condition under Eq. 9 by hand, −η (1 + 9)/2 / ((16 + 4)/2): means first, then the ratio.
 
-    At the bound, and where ε_{r;φ} and ε_{r;y} lie on opposite sides of ε, the «≤» is an equality.
+    The ratio's mean over the batch would be (1/16 + 9/4)/2. At the bound the penalty is 0.
     """
-    eps, fake_phi, fake_y, real_y = noise(0, (3, 2, 4, 4), 4)
-    real_phi = 2 * eps - real_y
-    for args in ((), (0.5,), (0.2,), (0.9,)):
-        eta = args[0] if args else 0.5
-        gamma = fn(fake_phi, fake_y, real_phi, real_y, *args)
-        assert gamma < 0
-        close(upper_bound(eps, fake_phi, fake_y, real_y, eta, gamma),
-              asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta, -1.0))
-    assert fn(fake_y, fake_y, real_phi, real_y) == -math.inf    # nothing to weigh: any γ will do
-    assert fn(fake_phi, fake_y, real_phi, real_y, 1.0) == 0     # no real half: γ = 0, VSD, will do
-
-
-def upper_bound(eps, fake_phi, fake_y, real_y, eta, gamma):
-    """Eq. 10 and what Eq. 9 has beside it, none of which depends on φ."""
-    without_phi = 4 * (1 - eta) * norm2(real_y - eps) - 2 * eta * norm2(fake_y - eps)
-    return 2 * eta * asd.discriminator_loss_text(eps, fake_phi, fake_y, gamma) + without_phi.mean()
+    zero = torch.zeros(2, 1, 1, 1, dtype=torch.float64)
+    real_y, fake_y = (zero + torch.tensor(v).reshape(2, 1, 1, 1) for v in ([1.0, 3.0], [4.0, 2.0]))
+    close(fn(zero, fake_y, zero, real_y), -0.25)                                   # η = ½
+    close(fn(zero, fake_y, zero, real_y, 2.0), -1.0)
+    assert fn(zero, fake_y, zero, real_y, 0.0) == 0             # no weight on real samples: γ ≥ 0
+    assert fn(fake_y, fake_y, zero, real_y) == -math.inf        # nothing to weigh: any γ will do
+    eps, *tensors = noise(4, (3, 2, 4, 4), 5)
+    for eta in (0.2, 0.5, 1.5):
+        close(asd.discriminator_loss(eps, *tensors, eta, fn(*tensors, eta)),
+              asd.discriminator_loss(eps, *tensors, 0.0, 0.0))
 
 
 def check_optimal_eps_phi(fn):
@@ -462,88 +480,152 @@ def test_lam_below_one_warns_once():
 # ---------------------------------------------------------------------------------------------
 
 def test_norms_are_sums_over_pixels_and_means_over_the_batch():
-    """Eqs. 9 and 10 by hand: 2 × 3 × 3 numbers, two images whose ε_φ is 1 and 2."""
-    eps = torch.zeros(2, 2, 3, 3, dtype=torch.float64)
-    phi = torch.ones_like(eps) * torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
-    assert asd.discriminator_loss_text(eps, phi, eps, 0.0) == 18 * (1 + 4) / 2
-    assert asd.discriminator_loss_text(eps, phi, eps, -0.5) == 18 * (1 + 4) / 4
-    assert asd.discriminator_loss(eps, phi, eps, eps, eps) == 18 * (1 + 4) / 2
-    assert asd.discriminator_loss(eps, eps, eps, phi, eps) == -18 * (1 + 4) / 2
+    """Eqs. 8–10 by hand: two images of 2 × 3 × 3 numbers, the second's twice the first's."""
+    eps, fake_phi, fake_y, real_phi, real_y = (
+        c * torch.ones(2, 2, 3, 3).double() * torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
+        for c in (0.0, 1.0, 3.0, 2.0, 7.0))
+    both = 18 * (1 + 4) / 2
+    assert asd.gradient_penalty(fake_y, fake_phi, 0.5).tolist() == [18 * 4 * 4, 18 * 16 * 4]
+    assert asd.discriminator_loss_text(eps, fake_phi, fake_y, 0.0) == both * 1
+    assert asd.discriminator_loss_text(eps, fake_phi, fake_y, -0.5) == both * (1 - 0.5 * 4)
+    assert asd.discriminator_loss_text(eps, fake_phi, fake_y) == both * (1 - 4)
+    assert asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, 0.25, -2.0) == (
+        both * (1 - 4 + 0.25 * 25 - 2 * 4))
+    assert asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y) == (
+        both * (1 - 4 + 0.5 * 25 - 4))
+
+
+@given(seeds, st.tuples(*[st.integers(1, 5)] * 3), st.floats(0.0, 10.0))
+def test_eq8_is_eq4_with_the_sign_of_a_loss(seed, sizes, tau):
+    """Eq. 8 is what Eq. 4's critic maximises, at p = 2 and negated, so that it is minimised."""
+    real_d, fake_d, grad_norm = (noise(seed + i, (n,), 1)[0] for i, n in enumerate(sizes))
+    grad_norm = grad_norm.abs()
+    eq8 = asd.discriminator_loss_density(fake_d, real_d, grad_norm ** 2, tau)
+    close(eq8, -asd.wgan_objective(real_d, fake_d, grad_norm, tau, p=2))
+    close(eq8, -asd.wgan_objective(real_d, fake_d, grad_norm, tau))
+
+
+@given(mixtures(), levels, seeds, st.floats(0.0, 10.0))
+def test_eq8_on_the_exact_prior(mixture, t, seed, tau):
+    """Eq. 8, its two lines: D's values and ‖ε_y − ε_φ‖²/σ_t² against log-densities and autograd."""
+    fake, real = scene(mixture, t, seed=seed, of=PHI), scene(mixture, t, seed=seed)
+    fake_d, real_d = (asd.log_discriminator(s.log_p_y, s.log_p_phi) for s in (fake, real))
+    grad_norm2 = torch.cat([asd.gradient_penalty(s.eps_y, s.eps_phi, s.sigma_t)
+                            for s in (fake, real)])                   # x̃: both, mixed
+    ratios = [mixture.log_p(s.x_t, s.alpha_t, s.sigma_t, Y)
+              - mixture.log_p(s.x_t, s.alpha_t, s.sigma_t, PHI) for s in (fake, real)]
+    gradients = torch.cat([slope(r, s.x_t) for r, s in zip(ratios, (fake, real))])
+    close(asd.discriminator_loss_density(fake_d, real_d, grad_norm2, tau),
+          (ratios[0] - ratios[1]).mean() + tau * norm2(gradients).mean(), 1e-9)
+
+
+def test_eq8_is_negative_where_the_critic_can_tell(exact):
+    """D of the true densities, without its penalty: Eq. 8 is −KL(φ‖y) − KL(y‖φ)."""
+    fake_d, real_d = (asd.log_discriminator(s.log_p_y, s.log_p_phi)
+                      for s in (scene(exact, n=2000, of=of) for of in (PHI, Y)))
+    assert asd.discriminator_loss_density(fake_d, real_d, torch.zeros(1).double(), 1.0) < -1
+    assert asd.wgan_objective(real_d, fake_d, torch.zeros(1).double(), 1.0) > 1
+
+
+@given(mixtures(), levels, st.floats(0.0, 3.0), either, seeds)
+def test_eq9_penalty_is_that_of_eq8(mixture, t, eta, gamma, seed):
+    """Eq. 9's second row is σ_t²‖∇D‖², at real samples with weight η, at fake ones with γ."""
+    fake, real = scene(mixture, t, seed=seed, of=PHI), scene(mixture, t, seed=seed)
+    tensors = (fake.noise, fake.eps_phi, fake.eps_y, real.eps_phi, real.eps_y)
+    fake_penalty, real_penalty = (norm2(slope(s.log_p_y - s.log_p_phi, s.x_t)).mean()
+                                  for s in (fake, real))
+    close(asd.discriminator_loss(*tensors, eta, gamma) - asd.discriminator_loss(*tensors, 0, 0),
+          fake.sigma_t ** 2 * (eta * real_penalty + gamma * fake_penalty), 1e-9)
 
 
 @given(shapes, seeds)
 def test_gamma_zero_is_vsd(shape, seed):
-    """VSD is Eq. 10 with γ = 0: plain denoising of the fake samples."""
-    eps, phi, y = noise(seed, shape, 3)
-    close(asd.discriminator_loss_text(eps, phi, y, 0.0), norm2(phi - eps).mean())
-    close(asd.optimal_eps_phi(eps, y, 0.0), eps)
-
-
-@given(shapes, seeds, st.floats(0.05, 1.0), st.floats(-2.0, 2.0))
-def test_eq9_is_zero_where_phi_is_y(shape, seed, eta, gamma):
-    """Eqs. 8 and 9: φ = y makes D = 0 everywhere, so neither half has anything to say."""
-    eps, fake_y, real_y = noise(seed, shape, 3)
-    close(asd.discriminator_loss(eps, fake_y, fake_y, real_y, real_y, eta, gamma), 0.0)
-
-
-@given(shapes, seeds, st.floats(-2.0, 2.0))
-def test_eta_zero_sees_real_samples_only(shape, seed, gamma):
-    """Eq. 9 at η = 0 and γ = 1 fits φ to the real samples, and no fake sample moves it."""
+    """VSD's loss, denoising of the fake samples, is Eq. 9's first term, and Eq. 10 with γ = 0."""
     eps, fake_phi, fake_y, real_phi, real_y = noise(seed, shape, 5)
-    for t in (fake_phi, real_phi):
-        t.requires_grad_()
-    loss = asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, 0.0, gamma)
-    close(slope(loss, fake_phi), 0.0)
-    close(slope(loss, real_phi), 4 * gamma * (real_phi - eps).detach() / shape[0])
+    vsd = norm2(fake_phi - eps).mean()
+    close(asd.discriminator_loss_text(eps, fake_phi, fake_y, 0.0), vsd)
+    close(asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, 0.0, 0.0),
+          vsd - norm2(real_phi - eps).mean())
+    close(asd.optimal_eps_phi(eps, fake_y, 0.0), eps)
 
 
-@given(shapes, seeds, st.floats(0.05, 1.0), st.floats(0.0, 3.0),
-       st.sampled_from([torch.float32, torch.float64]))
-def test_eq10_is_above_eq9_up_to_terms_without_phi(shape, seed, eta, above, dtype):
-    """Eq. 9 (γ = −1) ≤ 2η · Eq. 10 (any γ from the bound on) + terms without φ; 2η = 1 at ½."""
-    eps, fake_phi, fake_y, real_phi, real_y = noise(seed, shape, 5, dtype)
-    for eta in (eta, 0.5):
-        gamma = asd.gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta).item() + above
-        eq9 = asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta, -1.0)
-        bound = upper_bound(eps, fake_phi, fake_y, real_y, eta, gamma)
-        slack = 1e-4 if dtype == torch.float32 else 1e-10
-        assert eq9 <= bound + slack * (1 + bound.abs())
+@given(shapes, seeds, either, either)
+def test_eq9_is_its_penalty_where_fake_is_real(shape, seed, eta, gamma):
+    """x^g = x^r: the critic's row is 0, and (η + γ) E‖ε_y − ε_φ‖² is left."""
+    eps, phi, y = noise(seed, shape, 3)
+    close(asd.discriminator_loss(eps, phi, y, phi, y, eta, gamma),
+          (eta + gamma) * norm2(y - phi).mean())
 
 
-@given(shapes, seeds, st.floats(0.05, 0.95))
-def test_the_condition_is_needed(shape, seed, eta):
-    """Just below the bound on γ there are predictions for which Eq. 10 fails to bound Eq. 9."""
-    eps, fake_phi, fake_y, real_y = noise(seed, shape, 4)
-    real_phi = 2 * eps - real_y
-    gamma = 1.01 * asd.gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta).item()
-    eq9 = asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta, -1.0)
-    assert upper_bound(eps, fake_phi, fake_y, real_y, eta, gamma) < eq9
+@given(shapes, seeds, st.floats(0.0, 2.0), either)
+def test_the_condition_keeps_the_penalty_nonnegative(shape, seed, eta, above):
+    """The penalty is (γ − bound) E‖ε_{x^g;y} − ε_{x^g;φ}‖²: at least 0 ⇔ γ ≥ bound, 0 at it."""
+    eps, fake_phi, fake_y, real_phi, real_y = tensors = noise(seed, shape, 5)
+    gamma = asd.gamma_lower_bound(*tensors[1:], eta) + above
+    penalty = (asd.discriminator_loss(*tensors, eta, gamma)
+               - asd.discriminator_loss(*tensors, 0.0, 0.0))
+    close(penalty, above * norm2(fake_y - fake_phi).mean())
 
 
-def test_the_bound_is_between_losses_not_gradients():
-    """Eq. 10: where the «≤» is an equality, the two gradients with respect to φ still differ."""
-    eps, fake_phi, fake_y, real_y = noise(0, (2, 3, 4, 4), 4)
-    real_phi = (2 * eps - real_y).requires_grad_()
-    fake_phi.requires_grad_()
-    gamma = asd.gamma_lower_bound(fake_phi, fake_y, real_phi, real_y).item()
-    eq9 = asd.discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y)
-    bound = upper_bound(eps, fake_phi, fake_y, real_y, 0.5, gamma)
-    close(bound, eq9.item())
-    assert slope(eq9, real_phi).norm() > 1                # Eq. 10 has never seen a real sample
-    assert (slope(eq9, fake_phi) - slope(bound, fake_phi)).norm() > 0.1
-
-
-@pytest.mark.parametrize("eta", [0.0, -0.1, 1.1])
-def test_gamma_lower_bound_wants_eta_in_range(eta):
+def test_the_condition_wants_eta_not_negative():
     with pytest.raises(ValueError):
-        asd.gamma_lower_bound(*noise(0, (1, 1, 2, 2), 4), eta)
+        asd.gamma_lower_bound(*noise(0, (1, 1, 2, 2), 4), -0.1)
+
+
+@given(shapes, seeds, st.floats(-1.0, 0.95), either)
+def test_eq10_is_above_eq9_up_to_terms_without_phi(shape, seed, eta, gamma):
+    """Eq. 9 = Eq. 10 + η/(1−η) E‖a‖² − (1−η) E‖b + η/(1−η) a‖², where a and b are ε_{x^r;y} − ε and
+    ε_{x^r;φ} − ε: for every γ, also below the condition's bound, and every η < 1.
+
+    At the paper's η = ½ it is Eq. 10 + E‖a‖² − ½ E‖a + b‖²; the last term is what the «≤» leaves
+    out, 0 only at ε_{x^r;φ} = 2ε − ε_{x^r;y}.
+    """
+    eps, fake_phi, fake_y, real_phi, real_y = tensors = noise(seed, shape, 5)
+    a, b, ratio = real_y - eps, real_phi - eps, eta / (1 - eta)
+    eq10 = asd.discriminator_loss_text(eps, fake_phi, fake_y, gamma)
+    close(asd.discriminator_loss(*tensors, 0.5, gamma),
+          eq10 + norm2(a).mean() - 0.5 * norm2(a + b).mean())
+    close(asd.discriminator_loss(*tensors, eta, gamma),
+          eq10 + ratio * norm2(a).mean() - (1 - eta) * norm2(b + ratio * a).mean())
+    close(asd.discriminator_loss(eps, fake_phi, fake_y, 2 * eps - real_y, real_y, 0.5, gamma),
+          eq10 + norm2(a).mean())
+
+
+@given(shapes, seeds, st.floats(1.0, 3.0), either)
+def test_eq10_is_no_bound_for_eta_from_one_on(shape, seed, eta, gamma):
+    """Along ε_{x^r;φ} = ε − k (ε_{x^r;y} − ε), Eq. 9 − Eq. 10 ≥ 2ηk E‖a‖², without limit."""
+    eps, fake_phi, fake_y, real_y = noise(seed, shape, 4)
+    a2 = norm2(real_y - eps).mean()
+    for k in (1, 10, 1000):
+        gap = (asd.discriminator_loss(eps, fake_phi, fake_y, eps - k * (real_y - eps), real_y, eta,
+                                      gamma)
+               - asd.discriminator_loss_text(eps, fake_phi, fake_y, gamma))
+        close(gap, (eta * (1 + k) ** 2 - k ** 2) * a2, 1e-9)
+        assert gap > 2 * eta * k * a2
+
+
+def test_eq10_is_between_losses_not_gradients():
+    """Eq. 10 is printed with ∇_φ on both sides of its «≤». The gradients differ by −(a + b), of
+    either sign, and a step of φ that lowers Eq. 10 can raise Eq. 9."""
+    eps, fake_phi, fake_y, real_phi, real_y = noise(0, (1, 3, 4, 4), 5)
+    step = torch.zeros_like(eps, requires_grad=True)      # φ's weights move both predictions
+    eq10 = slope(asd.discriminator_loss_text(eps, fake_phi + step, fake_y), step)
+
+    def eq9(real_phi):
+        return slope(asd.discriminator_loss(eps, fake_phi + step, fake_y, real_phi + step, real_y),
+                     step)
+
+    close(eq9(real_phi) - eq10, -(real_y + real_phi - 2 * eps))
+    assert (eq9(real_phi) - eq10).min() < -1 and (eq9(real_phi) - eq10).max() > 1
+    close(eq9(2 * eps - real_y), eq10)                    # where the bound is tight
+    close(eq9(2 * eps - real_y + 2 * eq10), -eq10)        # where the two pull against each other
 
 
 # ---------------------------------------------------------------------------------------------
-# Eq. 10's optimum
+# The optima of Eqs. 9 and 10
 # ---------------------------------------------------------------------------------------------
 
-@given(shapes, seeds, st.floats(-3.0, 3.0))
+@given(shapes, seeds, either)
 def test_curvature_of_eq10_is_one_plus_gamma(shape, seed, gamma):
     """Affine at γ = −1 (the default), strictly convex above, strictly concave below."""
     eps, y, phi, step = noise(seed, shape, 4)
@@ -553,6 +635,34 @@ def test_curvature_of_eq10_is_one_plus_gamma(shape, seed, gamma):
         second = low - 2 * here + high
         expected = 2 * (1 + gamma) * norm2(step).mean().item()
         assert second == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@given(shapes, seeds, st.floats(-1.0, 3.0), either)
+def test_eq9_has_curvature_eta_minus_one_at_real_samples(shape, seed, eta, gamma):
+    """1 + γ in ε_{x^g;φ} as in Eq. 10, η − 1 in ε_{x^r;φ}: affine there at η = 1."""
+    eps, fake_phi, fake_y, real_phi, real_y, step = noise(seed, shape, 6)
+    for eta in (eta, 1.0):
+        for fake, real, expected in ((step, 0, 1 + gamma), (0, step, eta - 1)):
+            low, here, high = (asd.discriminator_loss(
+                eps, fake_phi + k * fake, fake_y, real_phi + k * real, real_y, eta, gamma)
+                for k in (-1, 0, 1))
+            close(low - 2 * here + high, 2 * expected * norm2(step).mean(), 1e-9)
+
+
+@given(shapes, seeds, st.floats(-1.0, 0.95), convex)
+def test_eq9_has_no_minimum(shape, seed, eta, gamma):
+    """For η < 1, so at the paper's ½: a maximum over ε_{x^r;φ}, at (ε − η ε_y)/(1 − η), from which
+    the loss falls without limit, whatever the fake half, which has Eq. 10's minimiser, can do."""
+    eps, fake_y, real_y, step = noise(seed, shape, 4)
+    for eta in (eta, 0.5):
+        best = asd.optimal_eps_phi(eps, fake_y, gamma).requires_grad_()
+        top = ((eps - eta * real_y) / (1 - eta)).requires_grad_()
+        saddle = asd.discriminator_loss(eps, best, fake_y, top, real_y, eta, gamma)
+        close(slope(saddle, best), 0.0, 1e-9)
+        close(slope(saddle, top), 0.0, 1e-9)
+        for k in (-1, 0.1, 1000):
+            close(asd.discriminator_loss(eps, best, fake_y, top + k * step, real_y, eta, gamma)
+                  - saddle, -(1 - eta) * k ** 2 * norm2(step).mean(), 1e-8)
 
 
 @given(shapes, seeds, convex)
@@ -606,7 +716,7 @@ COEFFICIENTS = {                                  # function: (number of tensors
     "add_noise": (2, (0.8, 0.6)), "cfg_noise": (2, (7.5,)), "classifier_score": (2, (0.6,)),
     "sds_grad": (3, (7.5, 0.5)), "generator_grad": (3, (7.5, 0.5)),
     "discriminator_loss": (5, (0.3, -0.7)), "discriminator_loss_text": (3, (-0.5,)),
-    "optimal_eps_phi": (2, (-0.5,)),
+    "optimal_eps_phi": (2, (-0.5,)), "gradient_penalty": (2, (0.6,)),
 }
 FORMS = {"float": float, "0-d": torch.tensor, "per image": lambda c: torch.full((2, 1, 1, 1), c)}
 DTYPES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -614,14 +724,14 @@ DTYPES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.
 
 @pytest.mark.parametrize("name, form, dtype", [*itertools.product(COEFFICIENTS, FORMS, DTYPES)])
 def test_coefficients_may_be_numbers_or_tensors(name, form, dtype):
-    """Float, 0-d or [B, 1, 1, 1], fp32 or not: the same result, in the dtype of ε, losses at least
-    in float32."""
+    """Float, 0-d or [B, 1, 1, 1], fp32 or not: the same result, in the dtype of ε, losses and norms
+    at least in float32."""
     count, coefficients = COEFFICIENTS[name]
     tensors = noise(0, (2, 2, 3, 3), count)
     reference = getattr(asd, name)(*tensors, *coefficients)
     result = getattr(asd, name)(*[t.to(dtype) for t in tensors],
                                 *[FORMS[form](c) for c in coefficients])
-    least = torch.promote_types(dtype, torch.float32) if reference.ndim == 0 else dtype
+    least = torch.promote_types(dtype, torch.float32) if reference.ndim < 4 else dtype
     assert result.dtype == least and result.shape == reference.shape
     error = (result.double() - reference).abs().max()
     assert error <= DTYPES[dtype] * (1 + reference.abs().max())

@@ -147,11 +147,12 @@ def make_state(prior, method, particles=1, seed=0, generator=None, phi=None):
     return State(generator, phi, method, random)
 
 
-def go(prior, method, state=None, micro_batch=None, **kwargs):
+def go(prior, method, state=None, micro_batch=None, real=None, **kwargs):
     """A short run of the loop for PROMPT -> (state, [terms of each step])."""
     state, rows = state or make_state(prior, method, **kwargs), []
     asd.distill(prior, state.generator, prior.encode_text([PROMPT]), method, state=state,
-                micro_batch=micro_batch, callback=lambda state, terms: rows.append(terms))
+                micro_batch=micro_batch, real=real,
+                callback=lambda state, terms: rows.append(terms))
     return state, rows
 
 
@@ -689,10 +690,11 @@ def test_particles_take_the_pictures_in_turn(prior, kind):
 # ------------------------------------------------------------------------------------- the loop
 @contextmanager
 def counted(*unets):
-    """Samples that went through the networks: forward, of these with a graph, and backward."""
+    """Samples that went through the networks: forward, of these with a graph, backward; calls."""
     counts = Counter()
 
     def hook(module, args, output):
+        counts["calls"] += 1
         counts["forward"] += len(args[0])
         if output.sample.requires_grad:
             counts["graph"] += len(args[0])
@@ -728,6 +730,32 @@ def test_unet_evaluations_per_particle_and_step(prior, name, phi, changes, forwa
     unets = {id(unet): unet for unet in (prior.unet, getattr(state.phi, "unet", prior.unet))}
     with counted(*unets.values()) as counts:
         go(prior, method, state)
+    assert counts["forward"] == 3 * forward
+    assert counts["backward"] == counts["graph"] == 3 * backward
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("sds", {}), ("vsd", {}), ("asd", {}), ("asd", {"share_noise": True}), ("asd", {"lam": 1.0}),
+    ("asd", {"phi_steps": 3}), ("asd", {"phi_first": True})])
+@pytest.mark.parametrize("real", [False, True])
+def test_the_prior_is_asked_once_a_step(prior, name, changes, real):
+    """Whatever θ and φ need of it, at θ's noise, at φ's and at real samples."""
+    method = method_of(name, steps=2, **changes)
+    state = make_state(prior, method, particles=3)
+    with counted(prior.unet) as counts:
+        go(prior, method, state, real=torch.randn(5, *prior.shape, generator=rng(1)) if real
+           else None)
+    assert counts["calls"] == 2
+
+
+@pytest.mark.parametrize("changes, forward, backward", [
+    ({}, 7, 2), ({"eta": 0.0}, 6, 2), ({"gamma": 0.0}, 6, 2), ({"share_noise": True}, 6, 2)])
+def test_unet_evaluations_with_real_samples(prior, changes, forward, backward):
+    """Eq. 9: φ at both; the prior where η and γ are not zero."""
+    method = method_of(steps=1, **changes)
+    state = make_state(prior, method, particles=3)
+    with counted(prior.unet, state.phi.unet) as counts:
+        go(prior, method, state, real=torch.zeros(1, *prior.shape))
     assert counts["forward"] == 3 * forward
     assert counts["backward"] == counts["graph"] == 3 * backward
 
@@ -795,6 +823,63 @@ def test_phi_loss_is_eq10_at_fresh_or_shared_noise(prior, name, gamma, share_noi
     loss = (hand.eps_phi - hand.eps).square() + gamma * (hand.eps_y - hand.eps_phi).square()
     _, (row,) = go(prior, method, state)
     assert row["loss_D"] == pytest.approx(loss.sum().item() / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("share_noise", [False, True])
+@pytest.mark.parametrize("eta, gamma", [(0.5, -1.0), (0.0, 1.0), (2.0, 0.0)])
+def test_phi_loss_is_eq9_where_there_are_real_samples(either, eta, gamma, share_noise):
+    """All four terms, of an ε and a v prior: one real sample for each particle, the same noise."""
+    method = method_of(steps=1, lr=1.0, eta=eta, gamma=gamma, share_noise=share_noise)
+    state = make_state(either, method, particles=2)
+    scramble(state.phi)
+    theta, random = state.generator.theta.detach().clone(), state.rng.clone_state()
+    real = torch.randn(3, *either.shape, generator=rng(3))
+    by = functools.partial(said_by, either, state.phi)
+    t, eps = asd.draw(random, theta, 20, 980)
+    if not share_noise:
+        t, eps = asd.draw(random, theta, 0, 999)
+    chosen = real[torch.randint(3, (2,), generator=random)]
+    (fake_y, fake_phi), (real_y, real_phi) = by(theta, t, eps), by(chosen, t, eps)
+    loss = (fake_phi - eps).square() - (real_phi - eps).square() \
+        + eta * (real_y - real_phi).square() + gamma * (fake_y - fake_phi).square()
+    loss.sum().div(2).backward()
+    expected = [p.grad.clone() for p in trainable(state.phi).values()]
+    state.opt_phi.zero_grad()
+    _, (row,) = go(either, method, state, real=real)
+    assert row["loss_D"] == pytest.approx(loss.sum().item() / 2, rel=1e-3)
+    found = [p.grad for p in trainable(state.phi).values()]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def said_by(prior, phi, x0, t, eps):
+    """(ε_y, ε_φ) at x0 with the noise eps, without asd's own code, φ's with its graph."""
+    alpha, sigma = (v.view(-1, 1, 1, 1) for v in (prior.alphas[t], prior.sigmas[t]))
+    x_t, cond = alpha * x0 + sigma * eps, prior.encode_text([PROMPT]).expand(len(t), -1, -1)
+    y, of_phi = (unet(x_t, t, cond).sample for unet in (prior.unet, phi.unet))
+    if prior.prediction_type == "v_prediction":
+        y, of_phi = (sigma * x_t + alpha * v for v in (y, of_phi))
+    return y, of_phi
+
+
+def test_phi_moves_away_from_real_samples(prior):
+    """Eq. 9 at η = 0: the real samples' noise is what φ unlearns, the fake ones' what it learns."""
+    method = method_of(steps=1, gamma=0.0, eta=0.0, phi_lr=3e-3)
+    fake, real = torch.randn(2, 1, *prior.shape, generator=rng(5)).mul(3)
+    state = make_state(prior, method)
+    d = asd.Discriminator(state.phi, prior.encode_text([PROMPT]), 0.0, 0.0, real=real)
+    t, eps = torch.tensor([500]), torch.randn(1, *prior.shape, generator=rng(6))
+    u = asd.Update(t, eps, None, *(asd.add_noise(x0, eps, *prior.alpha_sigma(t))
+                                   for x0 in (fake, real)))
+
+    def errors():
+        with torch.no_grad():
+            return [(said_by(prior, state.phi, x0, t, eps)[1] - eps).square().sum()
+                    for x0 in (fake, real)]
+    before = errors()
+    for _ in range(10):
+        asd.discriminator_step(state, method, d, u, None)
+    after = errors()
+    assert after[0] - after[1] < before[0] - before[1] - 1
 
 
 def test_phi_is_told_lam_phi(prior):
@@ -990,9 +1075,10 @@ def test_phi_learns_from_all_particles(prior):
     for part in (slice(3), slice(0, 1), slice(1, 2), slice(2, 3)):
         phi = scramble(LoRAPhi(prior))
         alone = State(state.generator, phi, method, rng())
-        y = cond.expand(len(x0[part]), -1, -1)
-        asd.discriminator_step(prior, alone, method, asd.Discriminator(phi, y), x0[part], null,
-                               (t[part], eps[part]))
+        x_t = asd.add_noise(x0[part], eps[part], *prior.alpha_sigma(t[part]))
+        y = cond.expand(len(x_t), -1, -1)
+        u = asd.Update(t[part], eps[part], None, x_t, fake_y=prior.eps(x_t, t[part], y))
+        asd.discriminator_step(alone, method, asd.Discriminator(phi, y), u, null)
         grads.append(torch.cat([p.grad.flatten() for p in trainable(phi).values()]))
     torch.testing.assert_close(grads[0], sum(grads[1:]) / 3, rtol=1e-3, atol=1e-4)
 

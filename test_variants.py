@@ -106,11 +106,15 @@ def gaussian(mean=0.0, std=1.0, dim=3, **kwargs):
 
 
 def bracket(phi, eps_uncond, eps_y, eps, lam, t=None, cond=None, x_t=None):
-    """Eq. 7's bracket with this φ."""
+    """Eq. 7's bracket with this φ, which is told what it asks for beside ε_∅ and ε_y."""
     x_t = eps if x_t is None else x_t
     t = torch.full((len(eps),), 500) if t is None else t
     cond = torch.ones(len(eps), 1, 1, dtype=torch.float64) if cond is None else cond
-    eps_phi = phi(x_t, t, cond, eps, None, eps_uncond, eps_y)
+    more = []
+    if isinstance(phi, (CSD, NFSD)):
+        extra = phi.asks(getattr(phi, "step", 0), x_t, t, cond, cond, lam)[2:]
+        more = extra if extra == [None] else asd.ask(phi.prior, extra)
+    eps_phi = phi(x_t, t, cond, eps, None, eps_uncond, eps_y, *more)
     return asd.generator_grad(eps_uncond, eps_y, eps_phi, lam)
 
 
@@ -253,7 +257,7 @@ def test_csd_row(shape, seed, lam, schedule, step):
     """(λ − 1) times the published (cond, neg, null, noise), at any step of a run of 40."""
     eps_y, eps_neg, eps_uncond, eps = tensors = noise(seed, shape, 4)
     phi = CSD(Said([eps_uncond, eps_neg], ["bad"]), [], lam, 40, "bad", schedule)
-    phi.prompts(step, None, None)
+    phi.step = step
     late, half = min(1, step / 40), min(1, step / 20)
     row = {"classifier": (1, 0, -1, 0), "coarse": (1, -half, half - 1, 0),
            "refine": (1, -1 + late / 2, -late / 2, 0)}[schedule]
@@ -289,19 +293,19 @@ def test_nfsd_row(shape, seed, lam):
 
 @given(shapes, seeds, st.floats(1.0, 100.0))
 def test_bridge_rows(shape, seed, lam):
-    """Stage 1 is SDS; stage 2 is λ(ε_tgt − ε_src), also at λ = 1, where the loop asks for no ∅."""
+    """Stage 1 is SDS; stage 2 is λ(ε_tgt − ε_src), also at λ = 1, where guidance asks for no ∅."""
     eps_y, eps_uncond, source, target, eps = noise(seed, shape, 5)
     says = Said([eps_uncond, eps_y, source, target], ["y", "real", "painted"])
     phi = Bridge(says, ["y"], lam, 10, "painted", "real", bridge_start=0.5)
     says.says[2:] = target, source                     # in the order of the words
     y, null = says.encode_text(["y"] * len(eps)), says.encode_text([""])
-    assert phi.prompts(4, y, null) == (y, null)
+    _, (_, _, told) = phi.asks(4, eps, 0, y, null, lam)
+    assert told is y
     close(bracket(phi, eps_uncond, eps_y, eps, lam),
           table((lam, 0, 1 - lam, -1), eps_y, 0, eps_uncond, eps))
-    y, base = phi.prompts(5, y, null)
+    (_, _, base), (_, _, y) = phi.asks(5, eps, 0, y, null, lam)
     assert (y == 2).all() and (base == 3).all()
-    base = target if lam == 1 else source
-    close(bracket(phi, base, target, eps, lam, cond=y), lam * (target - source))
+    close(bracket(phi, source, target, eps, lam, cond=y), lam * (target - source))
 
 
 @given(shapes, seeds, guidance)
@@ -343,7 +347,7 @@ def test_bridge_of_two_gaussians_is_the_known_one():
                        words=["y", "painted", "real"])
     phi = Bridge(exact, ["y"], 3.0, 10, "painted", "real", bridge_steps=400)
     x_t, t = randn(3, 2, 1, 1, generator=rng()), torch.tensor([3900, 2000, 400])
-    y, base = phi.prompts(0, exact.encode_text(["y"] * 3), None)
+    (_, _, base), (_, _, y) = phi.asks(0, x_t, t, exact.encode_text(["y"] * 3), None, 3.0)
     grad = bracket(phi, exact.eps(x_t, t, base), exact.eps(x_t, t, y), x_t, 3.0, t, y)
     a, s = exact.alpha_sigma(t)
     shift = (means[1] - means[2]).view(2, 1, 1) * (1 - 0.5 * a / (0.25 * a ** 2 + s ** 2) ** 0.5)
@@ -368,12 +372,12 @@ def test_bridge_asks_for_the_words_beside_each_prompt(prior):  # noqa: F811
     """Stage 2 of the loop against the prior asked by hand; rows are found in any order."""
     phi = Bridge(prior, [PROMPT, "a blue fox"], 40.0, 10, "painting", "a photo of {}")
     y = prior.encode_text(["a blue fox", PROMPT, "a blue fox"])
-    told, base = phi.prompts(0, y, None)
+    (_, _, base), (_, _, told) = phi.asks(0, None, None, y, None, 40.0)
     for got, phrase in ((told, "a photo of {}"), (base, "{}, painting")):
         expected = prior.encode_text([phrase.format(p) for p in ("a blue fox", PROMPT)])
         torch.testing.assert_close(got, expected[[0, 1, 0]])
     with pytest.raises(ValueError, match="asked for a prompt"):
-        phi.prompts(0, prior.encode_text(["a red red fox"]), None)
+        phi.asks(0, None, None, prior.encode_text(["a red red fox"]), None, 40.0)
 
 
 @pytest.mark.parametrize("words, first", [
@@ -543,10 +547,11 @@ def test_ddim_samples_follow_the_guided_ode(lam):
 def test_errors_and_differences_by_hand():
     """What figures/*.json say after ±, and which row is subtracted from which."""
     assert reproduce.mean_and_error([1.0, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3) / 2))
-    edits = [{"dds": {"m": 1.0}, "asd": {"m": m}, "asd-edit": {"m": 4.0}} for m in (3.0, 5.0)]
+    edits = [dict.fromkeys(reproduce.EDITED_BY, {"m": 4.0}) | {"dds": {"m": 1.0}, "asd": {"m": m}}
+             for m in (3.0, 5.0)]
     table = reproduce.print_edits({"some": edits})["some"]
     assert table["asd minus dds"]["m"] == pytest.approx((3, 1))
-    assert table["asd-edit minus asd"]["m"] == pytest.approx((0, 1))
+    assert table["swapped minus asd"]["m"] == pytest.approx((0, 1))
 
 
 def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):  # noqa: F811

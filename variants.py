@@ -18,7 +18,7 @@
 | Exact      | (E[ε | x_t] + γ ε_y) / (1 + γ) over the particles  | 2                | ours       |
 
 Evaluations are per particle and step. None of these φ is trained in the loop. Notation and shapes:
-asd.py. A φ with `prompts` is told the step and may change what the prior is asked. The rows of
+asd.py. A φ with `asks` says what the prior is asked at x_t, in the loop's one call. The rows of
 asd.py are offered, too: for --phi exact and --generator network.
 """
 import sys
@@ -115,20 +115,19 @@ class CSD(NoisePhi):
         self.texts = [negative] if negative else []
         self.negative = prior.encode_text([negative or ""])
 
-    def prompts(self, step, y, null):
+    def asks(self, step, x_t, t, y, null, lam):
         self.step = step
-        return y, null
+        negative = (x_t, t, self.negative.expand_as(y)) if self.row()[1] else None
+        return [*asd.guidance(step, x_t, t, y, null, lam), negative]
 
     def row(self):
         """(cond, neg, null, noise) at this step, linear between the schedule's two."""
         k = min(1.0, self.step / self.span)
         return [(1 - k) * a + k * b for a, b in zip(self.first, self.last)]
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
-        row, eps_neg = self.row(), 0.0
-        if row[1]:
-            eps_neg = self.prior.eps(x_t, t, self.negative.expand(len(x_t), -1, -1))
-        return row_eps_phi(row, eps_y, eps_neg, eps_uncond, eps, self.lam)
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, eps_neg=None):
+        eps_neg = 0.0 if eps_neg is None else eps_neg
+        return row_eps_phi(self.row(), eps_y, eps_neg, eps_uncond, eps, self.lam)
 
 
 class NFSD(NoisePhi):
@@ -136,18 +135,23 @@ class NFSD(NoisePhi):
 
     Eq. 7's bracket is λ(ε_y − ε_∅) + δ_D with δ_D = ε_∅ for t < 200 of 1000, ε_∅ − ε_neg above.
     """
+    whole = True                          # of a part of the batch there may be no ε_neg
 
     def __init__(self, prior, prompts, negative=NFSD_NEGATIVE):
         super().__init__()
         self.prior, self.texts = prior, [negative]
         self.negative = prior.encode_text([negative])
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
-        # ε_φ = 0 for t < 200, ε_neg above: only these are asked
-        eps_phi, noisy = torch.zeros_like(eps), 5 * t >= self.prior.steps
-        if noisy.any():
-            negative = self.negative.expand(int(noisy.sum()), -1, -1)
-            eps_phi[noisy] = self.prior.eps(x_t[noisy], t[noisy], negative).to(eps)
+    def asks(self, step, x_t, t, y, null, lam):
+        noisy = 5 * t >= self.prior.steps                            # only these are asked
+        negative = (x_t[noisy], t[noisy], self.negative.expand(int(noisy.sum()), -1, -1))
+        return [*asd.guidance(step, x_t, t, y, null, lam), negative if noisy.any() else None]
+
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, eps_neg=None):
+        # ε_φ = 0 for t < 200, ε_neg above
+        eps_phi = torch.zeros_like(eps)
+        if eps_neg is not None:
+            eps_phi[5 * t >= self.prior.steps] = eps_neg
         return eps_phi
 
 
@@ -177,21 +181,19 @@ class Bridge(NoisePhi):
             prior.encode_text([with_words(prompt, extra) for prompt in as_list(prompts)])
             for extra in words)
 
-    def prompts(self, step, y, null):
+    def asks(self, step, x_t, t, y, null, lam):
         self.bridging = step >= self.first
         if not self.bridging:
-            return y, null
+            return asd.guidance(step, x_t, t, y, null, lam)
         rows = rows_of(y, self.plain)
-        return self.target[rows], self.source[rows]
+        return [(x_t, t, words[rows]) for words in (self.source, self.target)]
 
     def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         if not self.bridging:
             return eps
-        source = self.source[rows_of(cond, self.target)]
-        if self.lam == 1:                              # then the loop has not asked for ∅
-            eps_uncond = self.prior.eps(x_t, t, source)
         if self.ode_steps == 1:
             return eps_uncond
+        source = self.source[rows_of(cond, self.target)]
         ends = [ode_end(lambda x, t, told=told: self.prior.eps(x, t, told), x_t, t,
                         self.ode_steps, self.prior.alpha_sigma, at_x_t)
                 for told, at_x_t in ((source, eps_uncond), (cond, eps_y))]
