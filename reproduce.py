@@ -9,7 +9,6 @@
     python reproduce.py bridge         # figures/bridge.png: drawings made 3d renders
     python reproduce.py solids         # figures/solids.json: Table 1, 45 objects; hours
 """
-
 import argparse
 import contextlib
 import functools
@@ -34,6 +33,7 @@ from tiny.corrective import fingerprint
 from tiny.data import articled
 from tiny.judge import clip_score, distances
 from tiny.solids import find_solid
+from tiny.training import threads_kept
 from variants import all_methods
 
 # Every method is Eq. 7 with one choice, the noise prediction that stands for the fake samples.
@@ -86,12 +86,9 @@ def mmd(particles, mixture, y=0, bandwidth=1.0):
 @contextlib.contextmanager
 def one_thread():
     """Tensors of a few thousand numbers: more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads_kept():
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()
@@ -125,7 +122,6 @@ def mixture_experiment(method, lam, gamma=None, seed=0, particles=256, steps=300
 def mixture_figure(path, side=400, view=4.0, steps=1000):
     """Draw every row of PANELS: the particles over p(x0|y) (blue) and the other class (grey)."""
     from PIL import Image, ImageDraw, ImageFont
-
     prior = two_rings()
     ticks = (torch.arange(side, dtype=torch.float64) + 0.5) / side * 2 * view - view
     grid = torch.stack(torch.meshgrid(ticks, -ticks, indexing="xy"), -1)        # [side, side, 2]
@@ -226,7 +222,6 @@ EDITED_BY = {"dds": ("dds", "eq9"), "asd": ("asd", "eq9"), "swapped": ("asd", "s
 
 def edited_by(name):
     """A row of EDITED_BY as an editing.Edit."""
-    import editing
     method, phi_z = EDITED_BY[name]
     return replace(editing.METHODS[method], phi_z=phi_z)
 
@@ -292,13 +287,10 @@ def print_edits(found):
 def made(files, part, make):
     """Make this part ("1/2", …) of {key: file} by make(file, *key). -> whether all are there."""
     from tqdm import tqdm
-    try:
-        i, n = (int(number) for number in part.split("/"))
-        if not 1 <= i <= n:
-            raise ValueError
-    except ValueError as error:
-        raise asd.UserError(f"--part {part} is no part: 1/2 is the first of two") from error
-    for key, file in tqdm(list(files.items())[i - 1::n], desc=f"part {part}"):
+    i, _, n = part.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise asd.UserError(f"--part {part} is no part: 1/2 is the first of two")
+    for key, file in tqdm(list(files.items())[int(i) - 1::int(n)], desc=f"part {part}"):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             make(file, *key)

@@ -164,36 +164,27 @@ def trainer(args, module, lr, ema_decay=0.999):
 
 
 def train_vae(args, pipe, pictures, rows):
-    """L1 + L1 of finite differences (edges) + a whisper of KL."""
-    vae, pictures = pipe.vae, not_held_out(pictures, rows).to(args.device)
-    training = trainer(args, vae, 2e-3, ema_decay=0.99)
+    """L1 + L1 of finite differences (edges) + a whisper of KL.
+
+    "decoder": the decoder alone, with PSNR itself in the loss; the latents stay what they are.
+    """
+    vae, whole = pipe.vae.requires_grad_(False), args.part == "vae"
+    pictures = pictures[[not row["held_out"] for row in rows]].to(args.device)
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    training = trainer(args, vae if whole else decoder, 2e-3 if whole else 1e-3, ema_decay=0.99)
 
     def loss_function():
         x = sharp_and_jittered(pictures)
         posterior = vae.encode(2 * x - 1).latent_dist
-        loss, terms = picture_loss(vae.decode(posterior.sample()).sample, x)
-        return loss + 1e-5 * posterior.kl().mean() / 64, terms
+        recon = vae.decode(posterior.sample() if whole else posterior.mean).sample / 2 + 0.5
+        l1 = (recon - x).abs().mean()
+        edges = sum((recon.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+        psnr = -10 * (recon - x).square().mean((1, 2, 3)).log10().mean()
+        loss = l1 + 0.5 * edges + (1e-5 * posterior.kl().mean() / 64 if whole else -0.005 * psnr)
+        return loss, {"l1": l1.detach(), "edges": edges.detach(), "psnr": psnr.detach()}
     training.run(loss_function)
-    normalize_latents(vae, pictures)
-
-
-def train_decoder(args, pipe, pictures, rows):
-    """The VAE's decoder alone, with PSNR itself in the loss: the latents stay what they are."""
-    vae, pictures = pipe.vae.requires_grad_(False), not_held_out(pictures, rows).to(args.device)
-    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
-    training = trainer(args, decoder, 1e-3, ema_decay=0.99)
-
-    def loss_function():
-        x = sharp_and_jittered(pictures)
-        recon = vae.decode(vae.encode(2 * x - 1).latent_dist.mean).sample
-        loss, terms = picture_loss(recon, x)
-        psnr = -10 * (recon / 2 + 0.5 - x).square().mean((1, 2, 3)).log10().mean()
-        return loss - 0.005 * psnr, terms | {"psnr": psnr.detach()}
-    training.run(loss_function)
-
-
-def not_held_out(pictures, rows):
-    return pictures[[i for i, row in enumerate(rows) if not row["held_out"]]]
+    if whole:
+        normalize_latents(vae, pictures)
 
 
 def sharp_and_jittered(pictures, batch=8):
@@ -201,14 +192,6 @@ def sharp_and_jittered(pictures, batch=8):
     x = pictures[torch.randint(len(pictures), (batch,))].float() / 255
     x[batch // 2:] = jitter(x[batch // 2:])
     return x
-
-
-def picture_loss(recon, x):
-    """L1 and L1 of finite differences (edges), of a VAE output in [-1, 1] and x in [0, 1]."""
-    recon = recon / 2 + 0.5
-    l1 = (recon - x).abs().mean()
-    edges = sum((recon.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-    return l1 + 0.5 * edges, {"l1": l1.detach(), "edges": edges.detach()}
 
 
 @torch.no_grad()
@@ -352,8 +335,7 @@ def train(args):
         train_clip(args, clip, tokenizer, pictures, rows)
     else:
         pipe = load_pipeline(args.out, args.device, functools.partial(new_pipeline, rows))
-        {"vae": train_vae, "decoder": train_decoder, "unet": train_unet}[args.part](
-            args, pipe, pictures, rows)
+        (train_unet if args.part == "unet" else train_vae)(args, pipe, pictures, rows)
     if not args.decay:
         print(f"not written: its rate has not fallen yet (train {args.part} --decay MINUTES)")
     elif args.part == "clip":
