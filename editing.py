@@ -48,7 +48,7 @@ class Edit(asd.Method):
 
     The paper (§6): φ_z by Eq. 9 with η = 0 and γ = 1. Who is fake there and who real it does not
     say. "eq9": the edit is x^g and the source image x^r, as §4 has them. "swapped": x^g is what
-    D(x_t; z) is shown, the source, and x^r the edit. "source": both are the source, which leaves
+    D(x_t; z) is shown, the source, and x^r the edit. "both": both are the source, which leaves
     ‖ε_z − ε_φz‖², of which a LoRA, as it starts at ε_z, has nothing to learn. "eq10": Eq. 10 with
     the row's γ on the edit, which §4 allows, too. "none": no second discriminator, plain
     distillation that starts at the image.
@@ -86,7 +86,7 @@ def second_discriminator(method, phi_z, z, source):
     paper, edit = {"eta": 0.0, "gamma": 1.0}, asd.generated
     learns = {"eq9": {"fake": edit, "real": source} | paper,
               "swapped": {"fake": source, "real": edit} | paper,
-              "source": {"fake": source, "real": source} | paper,
+              "both": {"fake": source, "real": source} | paper,
               "eq10": {"gamma": method.gamma}}
     if method.phi_z == "none":
         return None
@@ -160,7 +160,7 @@ def add_flags(add):
     add("--mask", metavar="PNG", help="white where it may change, not where it is black "
         "or transparent; as large as the picture")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
-    add("--phi-z", choices=["eq9", "swapped", "source", "eq10", "none"], help="how φ_z learns: by "
+    add("--phi-z", choices=["eq9", "swapped", "both", "eq10", "none"], help="how φ_z learns: by "
         "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by "
         "Eq. 10 on the edit; or no second discriminator")
     translation.add_flags(add)

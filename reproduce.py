@@ -217,7 +217,7 @@ KINDS = {  # kind of edit: the style before and after, how far down the list the
 }
 # the rows of the table: a method, and a reading of the second discriminator's Eq. 9 (editing.Edit)
 EDITED_BY = {"dds": ("dds", "eq9"), "asd": ("asd", "eq9"), "swapped": ("asd", "swapped"),
-             "source": ("asd", "source")}
+             "both": ("asd", "both")}
 
 
 def edited_by(name):

@@ -125,7 +125,7 @@ def edit(prior, name="asd", steps=1, apart=0, same_prompt=False, **changes):    
     return state, rows, source
 
 
-@pytest.mark.parametrize("name", ["asd", "swapped", "source", "eq10", "dds", "sds"])
+@pytest.mark.parametrize("name", ["asd", "swapped", "both", "eq10", "dds", "sds"])
 def test_the_loop_is_eq11(prior, name, monkeypatch):                             # noqa: F811
     """The gradient that reaches θ, recomputed around the networks: D(x_t; z) sees the source."""
     seen = {}
@@ -198,7 +198,7 @@ def test_second_discriminator_sees_the_source_image(prior, monkeypatch):        
 
 
 @pytest.mark.parametrize("phi_z, fake_is_edit, real", [
-    ("eq9", True, "source"), ("swapped", False, "edit"), ("source", False, "source"),
+    ("eq9", True, "source"), ("swapped", False, "edit"), ("both", False, "source"),
     ("eq10", True, None)])
 def test_phi_z_learns_by_eq9_as_read(prior, phi_z, fake_is_edit, real, monkeypatch):   # noqa: F811
     """Its loss in the loop, by hand: η = 0, γ = 1, of the edit e and the source s at one noise."""
@@ -222,7 +222,7 @@ def test_phi_z_learns_by_eq9_as_read(prior, phi_z, fake_is_edit, real, monkeypat
 def test_phi_z_has_its_names(prior):                                             # noqa: F811
     source, z = torch.zeros(1, *prior.shape), prior.encode_text(["a red apple"])
     row = editing.METHODS["asd"]
-    for name in ("eq9", "swapped", "source", "eq10"):
+    for name in ("eq9", "swapped", "both", "eq10"):
         d = editing.second_discriminator(replace(row, phi_z=name), asd.NoisePhi(), z, source)
         assert torch.equal(d.seen, source) and (d.real is None) == (name == "eq10")
         assert (d.eta, d.gamma) == ((0.5, row.gamma) if name == "eq10" else (0.0, 1.0))
@@ -533,7 +533,7 @@ def test_mistakes_are_one_line(cli, tmp_path):
     one_line(cli("--network", "--mask", "a.png"), "--mask")
     one_line(cli("--network", "--batch", 0), "--batch")
     one_line(cli("--method", "nonsense"), "dds")
-    one_line(cli("--phi-z", "sideways"), "source")
+    one_line(cli("--phi-z", "sideways"), "swapped")
     assert not Path("run").exists()
 
 
