@@ -145,9 +145,10 @@ def make_parser(command):
     add("--t-late", type=number(float, 0, 1), help="a fraction of the steps (default 0.5)")
     add("--lam-phi", type=some, help="guidance inside φ (default 1: none)")
     add("--phi-steps", type=number(int, 1), help="updates of φ per update of θ (default 1)")
-    add("--phi-first", action="store_const", const=True, help="update φ before θ")
-    add("--share-noise", action="store_const", const=True, help="θ's t and ε for φ (Algorithm 1)")
-    add("--fixed-noise", action="store_const", const=True, help="one ε for θ throughout (LMC-SDS)")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--phi-first", action=yes_or_no, help="update φ before θ")
+    add("--share-noise", action=yes_or_no, help="θ's t and ε for φ, too (Algorithm 1)")
+    add("--fixed-noise", action=yes_or_no, help="one ε for θ throughout (lmc: default)")
     add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
     add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
     add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")

@@ -4,7 +4,7 @@
     python variants.py --method nfsd --prompt "a fox"
     python variants.py --method bridge --source-words "a drawing of {}" \\
                        --target-words "a 3d render of {}" --init drawing.png --prompt "a fox"
-    python variants.py --method lmc --lam 2 --fixed-noise --prompt "a fox"
+    python variants.py --method lmc --prompt "a fox"
     python variants.py --method asd --gamma -0.5 --phi exact --particles 16 --prompt "a fox"
     python variants.py --method vsd --generator network --prompt "a fox" --particles 4
     python variants.py train-corrective --model tiny-sd --minutes 20      # for --method lmc
@@ -158,6 +158,9 @@ class NFSD(NoisePhi):
 class Bridge(NoisePhi):
     """SDS-Bridge (arXiv 2406.09417): SDS first; then from what the pictures are to what is wanted.
 
+    Its own view is optimal transport: SDS approximates a dual bridge from the distribution of the
+    pictures to the prompt's, with two errors. 1, one linear step stands for the bridge:
+    bridge_steps solves it. 2, ε_∅ stands for the source: words describe the source instead.
     From `bridge_start` (a fraction of the steps) on, the gradient is ω λ (ε_{y+target words} −
     ε_{y+source words}). Words with a {} are a phrase that the prompt is put into, others follow it.
     Start: half-way; at once where source words say what the pictures are (from a painting:
@@ -221,9 +224,9 @@ class Corrective(NoisePhi):
     SDS is λ(ε_y − ε_∅) plus ε_∅ − ε = (α/σ)(x0 − x̂0), which moves x0 towards the prior's one-step
     estimate x̂0: a blurred x0, even for a perfect picture. b_k(x0, t) ≈ E[x̂0 | x0, t] is blurred in
     the same way, so (α/σ)(b_k − x̂0) is zero on average at pictures the prior knows, and λ may be
-    small. From the paper's abstract: a shallow network, trained beforehand, that imitates the
-    prior's bias at each t. Ours: the network, its data, its loss's weight (all in
-    tiny/corrective.py), that no gradient goes through it, λ = 2.
+    small. From the paper's abstract: a shallow network with weights k, trained beforehand, that
+    imitates the prior's bias at each t; ε is fixed throughout. Ours: the network, its data, its
+    loss's weight (all in tiny/corrective.py), that no gradient goes through it, λ = 2.
     """
 
     def __init__(self, prior, prompts, corrective=None):
@@ -268,7 +271,7 @@ METHODS = {
     "csd": Method(phi=CSD),                            # λ is only a factor, which Adam divides out
     "nfsd": Method(phi=NFSD),
     "bridge": Method(phi=Bridge),                      # its repository: λ = 40 in both stages
-    "lmc": Method(phi=Corrective, lam=2.0),
+    "lmc": Method(phi=Corrective, lam=2.0, fixed_noise=True),
 }
 
 
