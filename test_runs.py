@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import asd
 import runs
 from phi import LoRAPhi
-from test_distill import folders, link_tree, no_network  # noqa: F401 (fixtures)
+from test_distill import folders, link_tree, no_network, rng  # noqa: F401 (fixtures)
 
 HERE = Path(asd.__file__).resolve().parent
 KILLS = int(os.environ.get("ASD_KILLS", 3))
@@ -218,6 +219,37 @@ def test_unknown_words_are_named_once(cli):
     _, _, err = cli("--prompt", "a red zebra", "--prompt", "Zebra fox", "--steps", 2)
     assert err.count("zebra") == 1 and "has never seen: zebra\n" in err
     assert "never seen" not in cli("--out", "known", "--steps", 1)[2]
+
+
+def test_real_pictures_are_what_phi_learns_from(cli, model, tmp_path):
+    """--real: one, or a folder; Eq. 9's loss; a resumed run has them in its checkpoint."""
+    Path("real").mkdir()
+    for i in range(3):
+        rgb = torch.rand(16, 16, 3, generator=rng(i)).mul(255).byte().numpy()
+        Image.fromarray(rgb).save(f"real/{i}.png")
+    flags = ["--real", "real", "--t-late", 1]
+    assert cli(*flags, "--out", "whole")[0] == cli(*flags, "--steps", 2, "--out", "part")[0] == 0
+    images = torch.cat([runs.read_image(f"real/{i}.png", (16, 16)) for i in range(3)])
+    with torch.no_grad():
+        expected = asd.Prior.from_pretrained(model, "cpu").encode_image(images)
+    torch.testing.assert_close(checkpoint("whole")["real"], expected)
+    shutil.rmtree("real")
+    assert cli("--resume", "part", "--steps", 3)[0] == 0
+    assert torch.equal(checkpoint("part")["theta.0"], checkpoint("whole")["theta.0"])
+    cli("--t-late", 1, "--out", "text")
+    losses = [[row["loss_D"] for row in metrics(folder)] for folder in ("whole", "text")]
+    assert losses[0] != losses[1]
+    one_line(cli("--real", "real"), "real", "folder")
+
+
+@pytest.mark.parametrize("name", ["sds", "vsd"])
+def test_real_pictures_need_a_phi_that_learns(cli, name):
+    Image.new("RGB", (16, 16), "red").save("real.png")
+    result = cli("--real", "real.png", "--method", name, "--eta", 0.3)
+    if name == "sds":
+        one_line(result, "--real", "does not learn")
+    else:
+        assert result[0] == 0 and checkpoint(result[1].split("/final")[0])["real"].shape[0] == 1
 
 
 def test_runs_of_one_name_stay_apart(cli, model):
