@@ -346,7 +346,7 @@ class State:
 def draw(rng, x0, lowest, highest):
     """t [B] uniform in lowest … highest, and ε like x0, from one generator on the CPU."""
     t = torch.randint(lowest, highest + 1, (len(x0),), generator=rng)
-    return t.to(x0.device), torch.randn(x0.shape, generator=rng).to(x0.device)
+    return t.to(x0.device), torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(x0.device)
 
 
 def in_parts(size, function, *tensors):
@@ -488,6 +488,7 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
     yield loss_D if method.phi_first else learn(eps_phi if keep else None)
 
 
+@torch.inference_mode(False)              # gradients, whatever the caller has switched off
 def distill(prior, generator, cond, method="asd", phi=None, second=None, state=None, seed=0,
             micro_batch=None, callback=None, real=None):
     """The loop: optimise the generator's θ until its samples look to the prior like the prompt.

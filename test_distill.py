@@ -1097,6 +1097,22 @@ def test_a_seed_fixes_every_bit(prior, name, changes):
     assert not torch.equal(runs[0]["theta.0"], runs[2]["theta.0"])
 
 
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_the_loop_has_gradients_under_no_grad(prior, around):
+    """The same bits, whatever the caller has switched off, and whatever its default dtype is."""
+    states = [make_state(prior, method_of()) for _ in range(3)]
+    go(prior, method_of(), states[0])
+    cond = prior.encode_text([PROMPT])
+    with around():
+        asd.distill(prior, states[1].generator, cond, method_of(), state=states[1])
+    torch.set_default_dtype(torch.float64)
+    try:
+        go(prior, method_of(), states[2])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same(state.tensors(), states[0].tensors()) for state in states)
+
+
 def test_distill_makes_phi_and_state_itself(prior, monkeypatch):
     """As the method's row and the seed say; a name is its row of the table."""
     cond, row = prior.encode_text([PROMPT]), method_of()
