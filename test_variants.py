@@ -870,7 +870,7 @@ def test_a_resumed_run_is_the_whole_run(cli, flags):  # noqa: F811
     (["--method", "bridge", "--lam-phi", 2], ["--lam-phi", "trained"]),
     (["--method", "bridge", "--bridge-steps", 0], ["--bridge-steps"]),
     (["--method", "lmc", "--corrective", "nowhere.safetensors"], ["nowhere", "train-corrective"]),
-    (["--method", "vsd", "--generator", "network", "--pixels"], ["drop --init and --pixels"]),
+    (["--method", "vsd", "--generator", "network", "--pixels"], ["drop --init, --pixels, --real"]),
     (["--method", "vsd", "--generator", "network", "--init", "a.png"], ["--init"])])
 def test_mistake_is_one_line(cli, flags, parts):  # noqa: F811
     one_line(cli(*flags), *parts)
