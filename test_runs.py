@@ -272,7 +272,8 @@ def test_settings_reach_the_loop(cli, monkeypatch):
     monkeypatch.setattr(asd, "distill", lambda *args, **kwargs: seen.update(args=args, **kwargs))
     flags = {"method": "vsd", "lam": 3.5, "gamma": -0.5, "omega": "sigma2", "t_min": 0.1,
              "t_max": 0.9, "t_max_late": 0.4, "t_late": 0.7, "lr": 0.2, "lr_end": 0.1,
-             "optimizer": "sgd", "phi_lr": 0.3, "lam_phi": 2.0, "phi_steps": 2, "steps": 11, "eta": 0.3}
+             "optimizer": "sgd", "phi_lr": 0.3, "lam_phi": 2.0, "phi_steps": 2, "steps": 11,
+             "eta": 0.3}
     given = [part for key, value in flags.items() for part in ("--" + key.replace("_", "-"), value)]
     status, _, _ = cli(*given, "--phi-first", "--share-noise", "--fixed-noise", "--rank", 3,
                        "--tokens", 2,
