@@ -148,7 +148,7 @@ def make_parser(command):
     yes_or_no = argparse.BooleanOptionalAction
     add("--phi-first", action=yes_or_no, help="update φ before θ")
     add("--share-noise", action=yes_or_no, help="θ's t and ε for φ, too (Algorithm 1)")
-    add("--fixed-noise", action=yes_or_no, help="one ε for θ throughout (lmc: default)")
+    add("--fixed-noise", action=yes_or_no, help="one ε for θ throughout (LMC-SDS's trick)")
     add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
     add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
     add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")

@@ -751,7 +751,7 @@ def network(prior, random):  # noqa: F811
 
 @pytest.mark.parametrize("name, changes, generator", [
     ("sds", {"fixed_noise": True}, None), ("sds", {}, network), ("vsd", {}, network),
-    ("lmc", {}, network), ("csd", {}, None), ("bridge", {}, None)])
+    ("lmc", {"fixed_noise": True}, network), ("csd", {}, None), ("bridge", {}, None)])
 def test_n_plus_m_steps_are_n_then_m(prior, untrained, name, changes, generator):  # noqa: F811
     """Fixed noise, the network's own draws and the φs that know the step: bit for bit."""
     method = replace((asd.METHODS | METHODS)[name], steps=4, t_late=1.0, **changes)
@@ -814,7 +814,7 @@ def one_line(result, *parts):
 
 @pytest.mark.parametrize("flags", [
     ["--method", "csd", "--negative", "a blue fox"], ["--method", "nfsd"],
-    ["--method", "bridge", "--bridge-steps", 2], ["--method", "lmc", "--no-fixed-noise"],
+    ["--method", "bridge", "--bridge-steps", 2], ["--method", "lmc", "--fixed-noise"],
     ["--method", "vsd", "--phi", "exact", "--bandwidth", 0.3, "--particles", 2],
     ["--method", "asd", "--gamma", -0.5, "--phi", "exact"],
     ["--method", "vsd", "--generator", "network", "--particles", 2]], ids=lambda flags: flags[1])
