@@ -28,6 +28,12 @@ class NoisePhi(nn.Module):
         """Nothing to keep."""
 
 
+def second_view(unet):
+    """A copy of the network whose weights and buffers *are* those of `unet`: the same storage."""
+    frozen = [*unet.parameters(), *unet.buffers()]
+    return copy.deepcopy(unet, {id(tensor): tensor for tensor in frozen})
+
+
 class LoRAPhi(nn.Module):
     """VSD's and ASD's φ: a second view of the UNet with low-rank adapters.
 
@@ -48,8 +54,7 @@ class LoRAPhi(nn.Module):
         from diffusers.models.embeddings import TimestepEmbedding
         from peft import LoraConfig
         self.prior, self.cond = prior, cond
-        frozen = [*prior.unet.parameters(), *prior.unet.buffers()]
-        self.unet = copy.deepcopy(prior.unet, {id(tensor): tensor for tensor in frozen})
+        self.unet = second_view(prior.unet)
         with seeded(seed):
             # scale lora_alpha / r = 1; "gaussian": N(0, 1/r²) down, zeros up
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets),
@@ -137,8 +142,10 @@ class EmbeddingPhi(nn.Module):
         new = torch.arange(tokens, device=null.device) + len(table)
         self.ids = torch.cat([null[:1], new, null[1:-tokens]])[None]
         self.name = next(name for name, p in prior.text_encoder.named_parameters() if p is table)
-        if checkpointing:                  # where there is a graph, that is for φ alone
-            prior.unet.enable_gradient_checkpointing()
+        self.view = None                   # the prior's own, but where it has to change
+        if checkpointing:
+            self.view = second_view(prior.unet)
+            self.view.enable_gradient_checkpointing()
 
     def encode(self):
         """-> [1, L, C]: the prompt that consists of the learnable words."""
@@ -147,7 +154,8 @@ class EmbeddingPhi(nn.Module):
         return torch.func.functional_call(self.prior.text_encoder, {self.name: longer}, self.ids)[0]
 
     def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
-        return self.prior.eps(x_t, t, self.encode().expand(len(x_t), -1, -1))
+        unet = self.prior.unet if self.view is None else self.view
+        return self.prior.eps_of(unet, x_t, t, self.encode().expand(len(x_t), -1, -1))
 
     def save(self, folder):
         """Write learned_embeds.safetensors: after `pipe.load_textual_inversion(file)`, "<phi>"."""

@@ -195,10 +195,34 @@ def read_settings(given, command):
     folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
     if out is None:                    # an earlier run of the same name is kept
         tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
-        folder = next(f for f in (folder, *tries) if not (f / "config.json").exists())
+        folder = next(f for f in (folder, *tries) if claimed(f, settings, command))
     elif (folder / "config.json").exists():
         raise UserError(f"{folder} already holds a run: --resume it, or choose another --out")
+    elif not claimed(folder, settings, command):
+        raise UserError(f"{folder} is not empty: choose another --out, as nothing is written over")
     return settings, folder, False
+
+
+def claimed(folder, settings, command):
+    """Make a new or empty folder this run's, at once: config.json. -> whether it could be had."""
+    if folder.is_dir() and any(folder.iterdir()):
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    try:                                # of two runs that start together one finds it there
+        with (folder / "config.json").open("x", encoding="utf-8") as file:
+            file.write(json.dumps({"program": command.name, "settings": settings}))
+    except FileExistsError:
+        return False
+    return True
+
+
+def unclaim(folder):
+    """Leave nothing of a run that has not begun, neither its folder nor an empty outputs/."""
+    if [path.name for path in folder.iterdir()] == ["config.json"]:
+        (folder / "config.json").unlink()
+        for path in (folder, folder.parent):
+            if not any(path.iterdir()) and path.resolve() != Path.cwd():
+                path.rmdir()
 
 
 def check_phi(settings, command):
@@ -384,10 +408,14 @@ def run(command, settings, folder, resumed):
     checkpoint, metrics = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
     # a run that was stopped before its first checkpoint starts anew
     going_on = checkpoint if resumed and checkpoint.exists() else None
-    prior, cond, method, state, frames = set_up(command, settings, folder, going_on)
+    try:
+        prior, cond, method, state, frames = set_up(command, settings, folder, going_on)
+    except BaseException:
+        if not resumed:
+            unclaim(folder)
+        raise
     if state.step > method.steps:
         raise UserError(f"{folder} has {state.step} steps already: --steps {method.steps} is less")
-    folder.mkdir(parents=True, exist_ok=True)
     lines = metrics.read_text("utf-8").splitlines() if going_on and metrics.exists() else []
     write_text(metrics, "".join(line + "\n" for line in lines[:state.step]))
     write_text(folder / "config.json", json.dumps(

@@ -475,7 +475,8 @@ def test_checkpointing_of_the_embedding_recomputes_the_same_gradient(folders):
     for each in (whole, prior):
         phi = EmbeddingPhi(each, PROMPT, checkpointing=each is prior)
         calls.append([])
-        each.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        unet = phi.view or each.unet
+        unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
         phi(x_t, t, cond, None).square().sum().backward()
         grads.append(phi.embedding.grad)
     assert len(calls[0]) == 1 < len(calls[1]) and (grads[0] != 0).any()
@@ -880,6 +881,19 @@ def test_phi_moves_away_from_real_samples(prior):
         asd.discriminator_step(state, method, d, u, None)
     after = errors()
     assert after[0] - after[1] < before[0] - before[1] - 1
+
+
+@pytest.mark.parametrize("kind", [LoRAPhi, EmbeddingPhi])
+def test_checkpointing_of_phi_is_not_the_priors(prior, kind):
+    """Its own view of the network recomputes, in the same storage and to the same bits."""
+    x_t, t, cond = sample(prior)
+    phis = [kind(prior, PROMPT, checkpointing=on) for on in (False, True)]
+    one, two = (phi(x_t, t, cond, None) for phi in phis)
+    assert torch.equal(one, two)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in prior.unet.modules())
+    assert any(getattr(m, "gradient_checkpointing", False) for m in phis[1].modules())
+    assert {p.data_ptr() for p in prior.unet.parameters()} <= \
+        {p.data_ptr() for p in phis[1].parameters()}
 
 
 def test_phi_is_told_lam_phi(prior):

@@ -416,6 +416,11 @@ def test_a_network_is_saved_and_applied(cli, tmp_path):
     status, out, _ = cli("--apply=run", "--image", "pictures", "--out", "new/all.png")
     assert status == 0 and (tmp_path / "new/all.png").exists()
     one_line(cli("--apply", "run"), "--image")
+    kept = contents("run")
+    for image, out in (("run/applied.png", []), ("a.png", ["--out", "run/checkpoint.safetensors"]),
+                       ("a.png", ["--out", "run"])):
+        one_line(cli("--apply", "run", "--image", image, *out), "there already")
+    assert contents("run") == kept
     one_line(cli("--apply", "run", "--image", "missing.png"), "missing.png")
     one_line(cli("--apply", "run", "--image", "a.png", "--steps", "3"), "--steps")
     one_line(cli("--apply", "pictures", "--image", "a.png"), "no trained network")

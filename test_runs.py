@@ -260,6 +260,38 @@ def test_runs_of_one_name_stay_apart(cli, model):
     assert names == ["asd-a-red-apple-7", "asd-a-red-apple-7-2", "asd-a-red-apple-7-3"]
 
 
+def test_runs_that_start_together_have_a_folder_each(model, tmp_path):
+    """Two processes of one name: two folders; with the same --out the second one is refused."""
+    argv = ["--prompt", "a red apple", "--steps", "2", "--model", model]
+    for extra, statuses in ([], [0, 0]), (["--out", "one"], [0, 2]):
+        processes = [subprocess.Popen([sys.executable, HERE / "asd.py", *map(str, argv), *extra],
+                                      cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                     for _ in range(2)]
+        for process in processes:
+            process.communicate()
+        assert sorted(process.returncode for process in processes) == statuses
+    made = sorted(path.parent.name for path in tmp_path.glob("**/final.png"))
+    assert made == ["asd-a-red-apple-0", "asd-a-red-apple-0-2", "one"]
+
+
+@pytest.mark.parametrize("name", ["final.png", "progress.png", "metrics.jsonl", "notes.txt"])
+def test_a_run_never_writes_over_what_it_did_not_make(cli, name):
+    """A folder that is not empty is refused, also where the picture to start from lies in it."""
+    Path("mine").mkdir()
+    Image.new("RGB", (16, 16), "red").save("mine/final.png")
+    Path("mine", name).touch()
+    before = contents("mine")
+    one_line(cli("--init", "mine/final.png", "--out", "mine"), "mine", "not empty")
+    assert contents("mine") == before
+
+
+@pytest.mark.parametrize("flags", [["--init", "nowhere.png"], ["--model", "nowhere/model"]])
+def test_a_refused_run_leaves_nothing(cli, tmp_path, flags):
+    before = sorted(tmp_path.iterdir())
+    assert cli(*flags)[0] == cli(*flags, "--out", "new/run")[0] == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_settings_reach_the_loop(cli, monkeypatch):
     """Each flag of a method's row, φ's and the generator's."""
     seen, make = {}, LoRAPhi.__init__
@@ -585,9 +617,8 @@ def test_a_stray_checkpoint_is_not_taken_for_this_run(cli):
     cli("--seed", 1)
     Path("stray").mkdir()
     os.link("run/checkpoint.safetensors", "stray/checkpoint.safetensors")
-    assert cli("--seed", 2, "--out", "stray")[0] == 0
-    assert cli("--seed", 2, "--out", "clean")[0] == 0
-    same_run("clean", "stray")
+    one_line(cli("--seed", 2, "--out", "stray"), "stray", "not empty")
+    one_line(cli("--resume", "stray"), "stray", "no run")
 
 
 @pytest.mark.parametrize("text", [
@@ -700,9 +731,10 @@ def test_full_disk_at_the_end_is_one_line(cli, monkeypatch, phi):
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", save_file)
         one_line(cli("--phi", phi), "No space left")
-    Path("other").mkdir()
+    cli("--phi", phi, "--out", "other")
+    shutil.rmtree("other/phi")
     Path("other/phi").write_text("a file, no folder")
-    one_line(cli("--phi", phi, "--out", "other"), "phi")
+    one_line(cli("--resume", "other"), "phi")
     assert cli("--resume", "run")[0] == 0
 
 

@@ -119,7 +119,7 @@ def source_latents(settings, prior, folder):
     """
     from safetensors.torch import load_file, save_file
     path = folder / "sources.safetensors"
-    if (folder / "config.json").exists() and path.exists():
+    if path.exists():                              # the folder is this run's alone
         return load_file(path)["x0"].to(prior.device)
     if settings["image"] is None:
         rng = torch.Generator().manual_seed(settings["seed"] ^ 1)
@@ -167,11 +167,14 @@ def apply_network(folder, image, out=None, device="auto"):
     """Translate a picture, or every picture of a folder, by the network trained in `folder`."""
     if image is None:
         raise UserError("give the --image, or a folder of them, to --apply the network to")
+    out = Path(out or Path(folder) / "applied.png")
+    if out.exists() and (out.name != "applied.png" or not out.is_file()
+                         or out.samefile(image)):
+        raise UserError(f"{out} is there already: choose another --out, as nothing is written over")
     prior, net = load_network(folder, device)
     size = prior.image_size
     before = read_folder(image, size) if Path(image).is_dir() else read_image(image, size)
     after, seconds = in_one_pass(prior, net, before)
-    out = Path(out or Path(folder) / "applied.png")
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = torch.stack([before, after], 1).flatten(0, 1)
     write_grid(out, (255 * pictures).round().byte(), 2)

@@ -364,12 +364,12 @@ def train_corrective(args):
     from tiny.data import DATA
     torch.manual_seed(args.seed)
     name = Path(args.model).name
-    if args.out is None and name != "tiny-sd":
+    if not args.out and name != "tiny-sd":
         raise UserError(f"--model {args.model} needs an --out FILE of its own: "
                         f"{corrective.OWN.name} is tiny-sd's")
     out = Path(args.out or corrective.OWN)
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file")
+    if args.out and out.exists() and not corrective.is_bias(out):
+        raise UserError(f"--out {out} is there already and no corrective: name another file")
     out.parent.mkdir(parents=True, exist_ok=True)
     prior = Prior.from_pretrained(args.model, runs.usable(args.device))
     # what was made with other weights, words or settings is never taken for this

@@ -59,6 +59,16 @@ def save_bias(network, path, **about):
     save_tensors(Path(path), weights, about)
 
 
+def is_bias(path):
+    """Whether a file is what save_bias wrote."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            return {"model", "unet"} <= set(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_bias(prior, path=None):
     """b_k from a file (default: OWN, which is tiny-sd's).
 
