@@ -580,8 +580,8 @@ def build(settings, prior, method, rng, folder, anew):
     theta = (Pixels if settings["pixels"] else Latents)(prior, len(y), rng, init)
     phi = method.phi(prior, settings["prompt"], **runs.told(settings, method.phi))
     if settings["real"] and anew:
-        if not any(p.requires_grad for p in phi.parameters()):
-            raise ValueError("--real is what φ learns from, and this φ does not learn")
+        if len(settings["prompt"]) > 1 or not any(p.requires_grad for p in phi.parameters()):
+            raise ValueError("--real is for one --prompt, and a φ that learns from its pictures")
         real = runs.encode_folder(prior, settings["real"])
     return State(theta, phi, method, rng, real=real), y
 

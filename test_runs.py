@@ -240,6 +240,8 @@ def test_real_pictures_are_what_phi_learns_from(cli, model, tmp_path):
     losses = [[row["loss_D"] for row in metrics(folder)] for folder in ("whole", "text")]
     assert losses[0] != losses[1]
     one_line(cli("--real", "real"), "real", "folder")
+    two = ["--prompt", "a red apple", "--prompt", "a blue fox", "--out", "two"]
+    one_line(cli("--real", "a.png", *two), "one --prompt")
 
 
 @pytest.mark.parametrize("name", ["sds", "vsd"])
@@ -247,7 +249,7 @@ def test_real_pictures_need_a_phi_that_learns(cli, name):
     Image.new("RGB", (16, 16), "red").save("real.png")
     result = cli("--real", "real.png", "--method", name, "--eta", 0.3)
     if name == "sds":
-        one_line(result, "--real", "does not learn")
+        one_line(result, "--real", "a φ that learns")
     else:
         assert result[0] == 0 and checkpoint(result[1].split("/final")[0])["real"].shape[0] == 1
 
