@@ -8,7 +8,6 @@ The prior never changes.
 """
 import copy
 import inspect
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,159 +27,207 @@ class NoisePhi(nn.Module):
         """Nothing to keep."""
 
 
-def second_view(unet):
-    """A copy of the network whose weights and buffers *are* those of `unet`: the same storage."""
-    frozen = [*unet.parameters(), *unet.buffers()]
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in frozen})
+def second_view(network):
+    """A copy whose weights and buffers *are* those of the prior's `network`: the same storage."""
+    frozen = [*network.parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in frozen})
 
 
 class LoRAPhi(nn.Module):
-    """VSD's and ASD's φ: a second view of the UNet with low-rank adapters.
+    """VSD's and ASD's φ: a second view of the prior's network with low-rank adapters.
 
     The view's frozen weights *are* the prior's (same storage), its adapters are its own: there is
     no adapter to switch on and off, and the prior never sees them. At step 0, ε_φ = ε_y exactly.
 
-    prior: whose UNet; it may be another checkpoint than the loop's prior (the paper's 3D setting:
+    prior: whose network; it may be another checkpoint than the loop's (the paper's 3D setting:
     prior 2.1-base, predicting ε, φ 2.1, predicting v) with the same latents and noise schedule.
     cond [1, L, C]: what φ is told instead of the loop's prompt embedding (such a checkpoint's own;
     or, in 3D, the prompt without the view); guidance inside φ has no effect then. camera: length of
-    the flattened camera (0: none), which enters through the class embedding of φ's own view.
-    checkpointing: less memory, more time.
+    the flattened camera (0: none), which enters through the class embedding of φ's own view, a
+    UNet's. checkpointing: less memory, more time. init: a folder or file to load() at the start.
     """
 
-    def __init__(self, prior, prompts=None, rank=4, targets=("to_q", "to_k", "to_v", "to_out.0"),
-                 cond=None, camera=0, checkpointing=False, seed=0):
+    def __init__(self, prior, prompts=None, rank=4, cond=None, camera=0, checkpointing=False,
+                 seed=0, targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
+                 init=None):
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding
-        from peft import LoraConfig
-        self.prior, self.cond = prior, cond
-        self.unet = second_view(prior.unet)
-        with seeded(seed):
-            # scale lora_alpha / r = 1; "gaussian": N(0, 1/r²) down, zeros up
-            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets),
-                                             init_lora_weights="gaussian"))
-            if camera:
-                width = self.unet.time_embedding.linear_2.out_features
-                embedding = TimestepEmbedding(camera, width).to(prior.device)
-                nn.init.zeros_(embedding.linear_2.weight)     # step 0: the camera changes nothing
-                nn.init.zeros_(embedding.linear_2.bias)
-                self.unet.class_embedding = embedding
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        from peft import LoraConfig, inject_adapter_in_model
+        if camera and prior.family.network != "unet":
+            raise ValueError(f"{prior.name}: a φ that knows the camera needs a UNet")
+        self.prior, self.cond, self.camera = prior, cond, camera
+        self.network = second_view(prior.network)
+        # made without values, so that none are drawn from the global generator; scale α / r = 1
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)),
+                                self.network, low_cpu_mem_usage=True)
+        rng = torch.Generator().manual_seed(seed)
+        values = {name: torch.randn(p.shape, generator=rng) / rank if "lora_A" in name
+                  else torch.zeros(p.shape)                       # step 0: nothing is changed
+                  for name, p in self.named_parameters() if "lora_" in name}
+        self.load_state_dict({name: value.to(prior.device) for name, value in values.items()},
+                             strict=False, assign=True)
+        if camera:
+            width = self.network.time_embedding.linear_2.out_features
+            embedding = untrained(lambda: TimestepEmbedding(camera, width), rng)
+            nn.init.zeros_(embedding.linear_2.weight)             # nor does the camera
+            nn.init.zeros_(embedding.linear_2.bias)
+            self.network.class_embedding = embedding.to(prior.device)
         if checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.network.enable_gradient_checkpointing()
+        if init is not None:
+            self.load(init)
 
     def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         cond = cond if self.cond is None else self.cond.expand(len(x_t), -1, -1)
-        extra = {} if self.unet.class_embedding is None else {"class_labels": camera}
-        return self.prior.eps_of(self.unet, x_t, t, cond, **extra)
+        extra = {"class_labels": camera} if self.camera else {}
+        return self.prior.eps_of(self.network, x_t, t, cond, **extra)
 
     def save(self, folder):
         """Write what `pipe.load_lora_weights(folder)` takes (and camera.safetensors beside it)."""
-        from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
         Path(folder).mkdir(parents=True, exist_ok=True)       # an error where it is a file
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
-        if self.unet.class_embedding is not None:
-            save_file(self.unet.class_embedding.state_dict(), Path(folder) / "camera.safetensors")
+        layers = get_peft_model_state_dict(self.network)
+        if self.prior.family.network == "unet":
+            layers = convert_state_dict_to_diffusers(layers)
+        self.prior.pipe.save_lora_weights(
+            folder, **{f"{self.prior.family.network}_lora_layers": layers})
+        if self.camera:
+            save_file(self.network.class_embedding.state_dict(),
+                      Path(folder) / "camera.safetensors")
 
     def load(self, folder):
-        """Read what save(), or a LoRA training of scale 1, wrote.
+        """Read what save(), or a LoRA training of scale 1, wrote: a folder, or a file.
 
-        Raises ValueError for other scales, other layers and another rank.
+        safetensors only. Raises ValueError for other scales, other layers and another rank.
         """
-        from diffusers import StableDiffusionPipeline
         from diffusers.utils import convert_unet_state_dict_to_peft
         from peft.utils import set_peft_model_state_dict
         from safetensors.torch import load_file
-        layers, alphas, about = StableDiffusionPipeline.lora_state_dict(
-            folder, local_files_only=True, return_lora_metadata=True)
+        part = self.prior.family.network
+        try:
+            layers, *alphas, about = self.prior.pipe.lora_state_dict(
+                folder, local_files_only=True, use_safetensors=True, return_lora_metadata=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} holds no LoRA as safetensors") from error
         about = about or {}
-        if alphas or about.get("unet.lora_alpha") != about.get("unet.r"):
+        if any(alphas) or about.get(f"{part}.lora_alpha") != about.get(f"{part}.r"):
             raise ValueError(f"{folder}: a LoRA with a scale of its own: not φ's")
-        layers = {key.removeprefix("unet."): value for key, value in layers.items()}
+        layers = {key.removeprefix(f"{part}."): value for key, value in layers.items()}
         layers = convert_unet_state_dict_to_peft(layers)
         try:
-            found = set_peft_model_state_dict(self.unet, layers)
+            found = set_peft_model_state_dict(self.network, layers)
         except RuntimeError as error:
             raise ValueError(f"{folder}: a LoRA of another rank: {error}") from error
         missing = [key for key in found.missing_keys if "lora_" in key]
         if missing or found.unexpected_keys:
             raise ValueError(f"{folder}: a LoRA of other layers than φ's")
-        if self.unet.class_embedding is not None:
+        if self.camera:
             camera = load_file(Path(folder) / "camera.safetensors")
-            self.unet.class_embedding.load_state_dict(camera)
+            self.network.class_embedding.load_state_dict(camera)
 
 
 class EmbeddingPhi(nn.Module):
     """Textual inversion: ε_φ = ε(x_t; φ, t) of the frozen prior, told `tokens` learnable words.
 
-    embedding [tokens, width] float32 is its own parameter, spliced into the token sequence: the
-    text encoder's table is never a leaf. It starts at the word embeddings of the first prompt (cut,
-    or filled up with the last one). checkpointing: less memory, more time. ValueError for too many
-    tokens, and where there is no prompt.
+    words: for each text encoder, [tokens, its width] float32, parameters of their own, spliced into
+    the token sequence: the text encoders' tables are never leaves. They start at the word
+    embeddings of the first prompt (cut, or filled up with the last one). checkpointing: less
+    memory, more time. ValueError for too many tokens, where there is no prompt, and for priors with
+    other text encoders than CLIP's.
     """
 
     def __init__(self, prior, prompts, tokens=4, checkpointing=False):
         super().__init__()
         if prompts is None:
             raise ValueError("an embedding φ starts at its prompt: EmbeddingPhi(prior, prompt)")
-        self.prior = prior
-        table = prior.text_encoder.get_input_embeddings().weight
-        limit = prior.tokenizer.model_max_length - 2
-        if not 1 <= tokens <= limit:
-            raise ValueError(f"tokens must lie in 1 … {limit}, not {tokens}")
-        words = prior.tokenizer(as_list(prompts)[0]).input_ids[1:-1]
-        words = words or prior.tokenizer("").input_ids[-1:]
-        words = (words + [words[-1]] * tokens)[:tokens]
-        self.embedding = nn.Parameter(table[words].detach().float().clone())
-        null = prior.token_ids([""])[0]
-        new = torch.arange(tokens, device=null.device) + len(table)
-        self.ids = torch.cat([null[:1], new, null[1:-tokens]])[None]
-        self.name = next(name for name, p in prior.text_encoder.named_parameters() if p is table)
+        if prior.family.read is None:
+            raise ValueError(f"{prior.name}: an embedding φ needs CLIP's text encoders: use a LoRA")
+        self.prior, pipe = prior, prior.pipe
+        parts = [name for name in ("", "_2") if getattr(pipe, f"text_encoder{name}", None)]
+        self.encoders = [getattr(pipe, f"text_encoder{name}") for name in parts]
+        self.tables, self.ids = [], []                    # names; token ids [1, L]
+        self.words = nn.ParameterList()
+        for encoder, tokenizer in zip(
+                self.encoders, (getattr(pipe, f"tokenizer{name}") for name in parts)):
+            table = encoder.get_input_embeddings().weight
+            limit = tokenizer.model_max_length
+            if not 1 <= tokens <= limit - 2:
+                raise ValueError(f"tokens must lie in 1 … {limit - 2}, not {tokens}")
+            words = tokenizer(as_list(prompts)[0]).input_ids[1:-1]
+            words = words or tokenizer("").input_ids[-1:]
+            words = (words + [words[-1]] * tokens)[:tokens]
+            self.words.append(nn.Parameter(table[words].detach().float().to(prior.device)))
+            null = tokenizer("", padding="max_length", max_length=limit,
+                             return_tensors="pt").input_ids[0]
+            new = torch.arange(tokens) + len(table)
+            self.ids.append(torch.cat([null[:1], new, null[1:-tokens]])[None].to(prior.device))
+            self.tables.append(next(name for name, p in encoder.named_parameters() if p is table))
         self.view = None                   # the prior's own, but where it has to change
         if checkpointing:
-            self.view = second_view(prior.unet)
+            self.view = second_view(prior.network)
             self.view.enable_gradient_checkpointing()
 
     def encode(self):
         """-> [1, L, C]: the prompt that consists of the learnable words."""
-        table = self.prior.text_encoder.get_parameter(self.name)
-        longer = torch.cat([table, self.embedding.to(table.dtype)])
-        return torch.func.functional_call(self.prior.text_encoder, {self.name: longer}, self.ids)[0]
+        outputs = []
+        for encoder, name, words, ids in zip(self.encoders, self.tables, self.words, self.ids):
+            if encoder.device != self.prior.device:                # it had left after the prompts
+                encoder.to(self.prior.device)
+            table = encoder.get_parameter(name)
+            longer = torch.cat([table, words.to(table.dtype)])
+            outputs.append(torch.func.functional_call(encoder, {name: longer}, ids,
+                                                      {"output_hidden_states": True}))
+        return self.prior.pack(*self.prior.family.read(outputs))
 
     def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
-        unet = self.prior.unet if self.view is None else self.view
-        return self.prior.eps_of(unet, x_t, t, self.encode().expand(len(x_t), -1, -1))
+        network = self.prior.network if self.view is None else self.view
+        return self.prior.eps_of(network, x_t, t, self.encode().expand(len(x_t), -1, -1))
 
     def save(self, folder):
-        """Write learned_embeds.safetensors: after `pipe.load_textual_inversion(file)`, "<phi>"."""
+        """Write learned_embeds.safetensors: after `pipe.load_textual_inversion(file)`, "<phi>".
+
+        Of two text encoders: clip_l and clip_g, to be loaded one by one, as diffusers does.
+        """
         from safetensors.torch import save_file
         file = Path(folder) / "learned_embeds.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"<phi>": self.embedding.detach().cpu()}, file)
+        save_file({name: words.detach().cpu()
+                   for name, words in zip(self.names(), self.words, strict=True)}, file)
+
+    def names(self):
+        return ["<phi>"] if len(self.words) == 1 else ["clip_l", "clip_g"]
 
     def load(self, folder):
         """Read what save() wrote. Raises ValueError for another number of words, another width."""
         from safetensors.torch import load_file
-        (value,) = load_file(Path(folder) / "learned_embeds.safetensors").values()
-        if value.shape != self.embedding.shape:
-            raise ValueError(f"{folder}: words {tuple(value.shape)}, φ has "
-                             f"{tuple(self.embedding.shape)}")
+        found = load_file(Path(folder) / "learned_embeds.safetensors")
+        shapes = [tuple(found[name].shape) for name in self.names() if name in found]
+        own = [tuple(words.shape) for words in self.words]
+        if shapes != own:
+            raise ValueError(f"{folder}: words {shapes}, φ has {own}")
         with torch.no_grad():
-            self.embedding.copy_(value)
+            for name, words in zip(self.names(), self.words, strict=True):
+                words.copy_(found[name])
 
 
-@contextmanager
-def seeded(seed):
-    """Draws of other libraries' initialisers, from `seed`, without touching the global state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)     # torch.manual_seed: every GPU's, too
-        yield
+def untrained(make, rng):
+    """make(), a network, on the CPU, with the values that torch gives its layers: drawn from rng
+    alone, as the global generator is everybody's."""
+    with torch.device("meta"):
+        network = make()
+    network.to_empty(device="cpu")
+    with torch.no_grad():
+        for layer in network.modules():
+            weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+            for p in (v for v in (weight, bias) if v is not None):
+                if weight.dim() > 1:                              # nn.Linear's and nn.Conv2d's
+                    bound = weight[0].numel() ** -0.5
+                    p.uniform_(-bound, bound, generator=rng)
+                else:                                             # a normalisation's
+                    p.fill_(float(p is weight))
+    return network
 
 
 def make_phi(method, prior, prompts=None, seed=0, **options):

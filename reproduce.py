@@ -253,7 +253,7 @@ def edit_table(path, part="1/1"):
     processes: a half each; whichever ends last prints the table and writes it.
     """
     prior = asd.Prior.from_pretrained("tiny-sd")
-    key = fingerprint(*prior.unet.parameters(), *map(edited_by, EDITED_BY))
+    key = fingerprint(*prior.network.parameters(), *map(edited_by, EDITED_BY))
     files = {(kind, j): Path("outputs/edits", f"{kind}-{j}-{key}.json")
              for j in range(len(CONCEPTS)) for kind in KINDS}
     if not made(files, part, lambda file, kind, j: write_text(
@@ -318,7 +318,7 @@ def trained_network(prior, steps, pictures):
     flags = ["--network", "--method", "dds", "--source", STYLES[0], "--target", STYLES[1],
              "--things", ", ".join(articled(concept) for concept in LEARNT),
              "--steps", str(steps), "--pictures", str(pictures)]
-    key = fingerprint(*prior.unet.parameters(), flags, editing.methods(network=True)["dds"])
+    key = fingerprint(*prior.network.parameters(), flags, editing.methods(network=True)["dds"])
     folder = Path("outputs", f"network-{key}")
     if not (folder / "network").exists():
         going_on = (folder / "config.json").exists()
@@ -389,7 +389,7 @@ def distilled(prior, method, prompt, start=None, **words):
 def cell_file(prior, name, prompt):
     """Where one cell of the neighbours' figure is kept: named by all that it depends on."""
     b_k = corrective.load_bias(prior).parameters() if name == "lmc" else []
-    key = fingerprint(*prior.unet.parameters(), *b_k, all_methods()[name], NEIGHBOURS[name])
+    key = fingerprint(*prior.network.parameters(), *b_k, all_methods()[name], NEIGHBOURS[name])
     return Path("outputs/neighbours", f"{name}-{prompt.replace(' ', '-')}-{key}.json")
 
 
@@ -495,7 +495,7 @@ def solids_table(path, part="1/1", steps=None, seeds=3, only=""):
     """
     prior, rows = asd.Prior.from_pretrained("tiny-sd"), text_to_3d.methods()
     rows = {name: replace(rows[name], steps=steps or rows[name].steps) for name in asd.METHODS}
-    keys = {name: fingerprint(*prior.unet.parameters(), row, text_to_3d.DEFAULTS)
+    keys = {name: fingerprint(*prior.network.parameters(), row, text_to_3d.DEFAULTS)
             for name, row in rows.items()}
     files = {(name, prompt, seed): Path("outputs/solids", f"{name}-{prompt.replace(' ', '-')}-"
                                         f"{seed}-{keys[name]}", "numbers.json")

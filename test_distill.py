@@ -114,7 +114,7 @@ def sample(prior, batch=2, seed=0):
 def snapshot(prior):
     """Every tensor of the prior, copied."""
     named = {f"{part}.{name}": tensor.clone() for part in ("unet", "vae", "text_encoder")
-             for name, tensor in getattr(prior, part).state_dict(keep_vars=False).items()}
+             for name, tensor in getattr(prior.pipe, part).state_dict(keep_vars=False).items()}
     return named | {"alphas": prior.alphas.clone(), "sigmas": prior.sigmas.clone()}
 
 
@@ -185,7 +185,7 @@ def test_v_prediction_becomes_eps(load, folders, monkeypatch):
     (x0, t, cond), eps = sample(prior), sample(prior, seed=1)[0]
     x_t, v = scheduler.add_noise(x0, eps, t), scheduler.get_velocity(x0, eps, t)
     torch.testing.assert_close(asd.add_noise(x0, eps, *prior.alpha_sigma(t)), x_t)
-    monkeypatch.setattr(prior.unet, "forward", lambda *args: SimpleNamespace(sample=v))
+    monkeypatch.setattr(prior.network, "forward", lambda *args: SimpleNamespace(sample=v))
     torch.testing.assert_close(prior.eps(x_t, t, cond), eps, rtol=1e-5, atol=1e-5)
 
 
@@ -314,7 +314,7 @@ def test_weights_saved_in_half_precision_alone(pipe, prior, tmp_path):
     pipe.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert not (tmp_path / "unet/diffusion_pytorch_model.safetensors").exists()
     half = Prior.from_pretrained(str(tmp_path), "cpu")
-    for a, b in zip(half.unet.parameters(), prior.unet.parameters(), strict=True):
+    for a, b in zip(half.network.parameters(), prior.network.parameters(), strict=True):
         assert torch.equal(a, b.half().float())
 
 
@@ -367,7 +367,7 @@ def test_pipelines_of_other_kinds_are_refused(tmp_path, prior):
     unet = UNet2DModel(8, block_out_channels=(4,), norm_num_groups=1, layers_per_block=1,
                        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="DDPMPipeline.*SD 1.x, 2.x"):
+    with pytest.raises(UserError, match="is a DDPMPipeline.*StableDiffusionXLPipeline"):
         Prior.from_pretrained(tmp_path, "cpu")
 
 
@@ -400,7 +400,7 @@ def test_prior_is_bit_identical_after_training_phi(load, kind, phi, device):
     state, _ = go(prior, method_of(phi=phi, phi_lr=0.1))
     assert same(snapshot(prior), tensors) and torch.equal(prior.eps(x_t, t, cond), eps)
     assert not torch.equal(state.phi(x_t, t, cond, None), eps)       # φ did learn
-    modules = (prior.unet, prior.vae, prior.text_encoder)
+    modules = (prior.network, prior.vae, prior.pipe.text_encoder)
     assert all(p.grad is None and not p.requires_grad for m in modules for p in m.parameters())
 
 
@@ -416,10 +416,10 @@ def test_lora_starts_as_the_prior_told_y(load, kind, device):
 
 def test_lora_shares_the_priors_storage_and_owns_only_adapters(either):
     phi = LoRAPhi(either, rank=3)
-    pointers = {tensor.data_ptr() for tensor in either.unet.state_dict().values()}
-    own = {n: p for n, p in phi.unet.state_dict().items() if p.data_ptr() not in pointers}
-    assert own.keys() == {n.removeprefix("unet.") for n in trainable(phi)}
-    linears = [m for name, m in either.unet.named_modules()
+    pointers = {tensor.data_ptr() for tensor in either.network.state_dict().values()}
+    own = {n: p for n, p in phi.network.state_dict().items() if p.data_ptr() not in pointers}
+    assert own.keys() == {n.removeprefix("network.") for n in trainable(phi)}
+    linears = [m for name, m in either.network.named_modules()
                if name.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
     expected = sum(3 * (m.in_features + m.out_features) for m in linears)
     assert sum(p.numel() for p in own.values()) == expected > 0
@@ -443,10 +443,10 @@ def test_checkpointing_recomputes_the_same_gradients(prior):
     for checkpointing in (False, True):
         phi = scramble(LoRAPhi(prior, checkpointing=checkpointing))
         calls.append([])
-        phi.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        phi.network.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
         phi(x_t, t, cond, None).square().sum().backward()
         grads.append({name: p.grad for name, p in trainable(phi).items()})
-    assert len(calls[0]) == 1 < len(calls[1]) and not prior.unet.is_gradient_checkpointing
+    assert len(calls[0]) == 1 < len(calls[1]) and not prior.network.is_gradient_checkpointing
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6)
 
@@ -458,7 +458,7 @@ def test_lora_of_another_checkpoint_answers_in_eps(load):
     (x_t, t, cond), own = sample(prior), other.encode_text([PROMPT])
     phi = LoRAPhi(other, cond=own)
     with torch.no_grad():
-        v = other.unet(x_t, t, own.expand(2, -1, -1)).sample
+        v = other.network(x_t, t, own.expand(2, -1, -1)).sample
         alpha, sigma = other.alpha_sigma(t)
         # ε = σ x_t + α v; told its own prompt, whatever the loop's is
         torch.testing.assert_close(phi(x_t, t, cond, None), sigma * x_t + alpha * v)
@@ -475,10 +475,10 @@ def test_checkpointing_of_the_embedding_recomputes_the_same_gradient(folders):
     for each in (whole, prior):
         phi = EmbeddingPhi(each, PROMPT, checkpointing=each is prior)
         calls.append([])
-        unet = phi.view or each.unet
+        unet = phi.view or each.network
         unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
         phi(x_t, t, cond, None).square().sum().backward()
-        grads.append(phi.embedding.grad)
+        grads.append(phi.words[0].grad)
     assert len(calls[0]) == 1 < len(calls[1]) and (grads[0] != 0).any()
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     assert torch.equal(prior.eps(x_t, t, kept.expand(2, -1, -1)),
@@ -497,7 +497,7 @@ def test_all_that_learns_is_float32_beside_a_bfloat16_prior(load, phi):
 def test_camera_starts_mute_and_is_learnt(prior):
     (x_t, t, cond), views = sample(prior), torch.randn(2, 16, generator=rng())
     phi = LoRAPhi(prior, camera=16)
-    assert prior.unet.class_embedding is None
+    assert prior.network.class_embedding is None
     with torch.no_grad():
         assert torch.equal(phi(x_t, t, cond, None, views), prior.eps(x_t, t, cond))
     go(prior, method_of(phi_lr=0.05), phi=phi, generator=Views(prior, cond, views))
@@ -523,7 +523,7 @@ def test_make_phi_tells_what_is_taken(prior):
         assert type(asd.make_phi(method, prior, PROMPT)) is method.phi is kind
         with pytest.raises(TypeError, match="rang"):
             asd.make_phi(method, prior, PROMPT, rang=8)
-    assert len(asd.make_phi(method_of(phi="embedding"), prior, PROMPT, tokens=2).embedding) == 2
+    assert len(asd.make_phi(method_of(phi="embedding"), prior, PROMPT, tokens=2).words[0]) == 2
     one, two, other = (trainable(asd.make_phi(method_of(), prior, seed=seed)) for seed in (3, 3, 4))
     assert same(one, two) and not same(one, other)
     seen = []
@@ -553,7 +553,7 @@ def test_embedding_starts_at_the_words(either):
 @pytest.mark.parametrize("tokens, text", [(2, "a red"), (5, "a red apple apple apple")])
 def test_words_are_cut_or_the_last_is_repeated(prior, tokens, text):
     phi = EmbeddingPhi(prior, PROMPT, tokens)
-    assert phi.embedding.shape == (tokens, 32)
+    assert phi.words[0].shape == (tokens, 32)
     torch.testing.assert_close(phi.encode(), prior.encode_text([text]), rtol=1e-6, atol=1e-6)
 
 
@@ -566,11 +566,11 @@ def test_token_counts_that_cannot_be_are_refused(prior, tokens):
 
 def test_gradient_arrives_only_at_the_embedding(prior):
     phi = scramble(EmbeddingPhi(prior, PROMPT))
-    assert list(trainable(phi)) == ["embedding"] and phi.embedding.is_leaf
+    assert list(trainable(phi)) == ["words.0"] and phi.words[0].is_leaf
     x_t, t, cond = sample(prior)
     phi(x_t, t, cond, None).square().sum().backward()
-    assert (phi.embedding.grad.abs().sum(1) > 0).all()
-    others = [*prior.unet.parameters(), *prior.text_encoder.parameters()]
+    assert (phi.words[0].grad.abs().sum(1) > 0).all()
+    others = [*prior.network.parameters(), *prior.pipe.text_encoder.parameters()]
     assert all(p.grad is None for p in others)
 
 
@@ -614,7 +614,7 @@ def test_a_lora_of_another_scale_is_refused(prior, tmp_path, alpha):
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
     phi = scramble(LoRAPhi(prior))
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(phi.unet))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(phi.network))
     StableDiffusionPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata={"r": 4, "lora_alpha": alpha})
     again = LoRAPhi(prior)
@@ -627,7 +627,7 @@ def test_a_lora_of_another_scale_is_refused(prior, tmp_path, alpha):
 
 
 def test_lora_sits_where_it_is_told(prior):
-    names = [name for name, p in LoRAPhi(prior, targets=("to_q",)).unet.named_parameters()
+    names = [name for name, p in LoRAPhi(prior, targets=("to_q",)).network.named_parameters()
              if p.requires_grad]
     assert names and all(".to_q." in name for name in names)
 
@@ -648,7 +648,7 @@ def test_embedding_round_trip(prior, tmp_path):
     phi, again = scramble(EmbeddingPhi(prior, PROMPT)), EmbeddingPhi(prior, PROMPT)
     phi.save(tmp_path)
     again.load(tmp_path)
-    assert torch.equal(phi.embedding, again.embedding)
+    assert torch.equal(phi.words[0], again.words[0])
     with pytest.raises(ValueError, match="words"):
         EmbeddingPhi(prior, PROMPT, 1).load(tmp_path)
 
@@ -728,7 +728,7 @@ def test_unet_evaluations_per_particle_and_step(prior, name, phi, changes, forwa
         pytest.skip("SDS has no φ")
     method = method_of(name, steps=1, **changes, **({} if name == "sds" else {"phi": phi}))
     state = make_state(prior, method, particles=3)
-    unets = {id(unet): unet for unet in (prior.unet, getattr(state.phi, "unet", prior.unet))}
+    unets = {id(net): net for net in (prior.network, getattr(state.phi, "network", prior.network))}
     with counted(*unets.values()) as counts:
         go(prior, method, state)
     assert counts["forward"] == 3 * forward
@@ -743,7 +743,7 @@ def test_the_prior_is_asked_once_a_step(prior, name, changes, real):
     """Whatever θ and φ need of it, at θ's noise, at φ's and at real samples."""
     method = method_of(name, steps=2, **changes)
     state = make_state(prior, method, particles=3)
-    with counted(prior.unet) as counts:
+    with counted(prior.network) as counts:
         go(prior, method, state, real=torch.randn(5, *prior.shape, generator=rng(1)) if real
            else None)
     assert counts["calls"] == 2
@@ -755,7 +755,7 @@ def test_unet_evaluations_with_real_samples(prior, changes, forward, backward):
     """Eq. 9: φ at both; the prior where η and γ are not zero."""
     method = method_of(steps=1, **changes)
     state = make_state(prior, method, particles=3)
-    with counted(prior.unet, state.phi.unet) as counts:
+    with counted(prior.network, state.phi.network) as counts:
         go(prior, method, state, real=torch.zeros(1, *prior.shape))
     assert counts["forward"] == 3 * forward
     assert counts["backward"] == counts["graph"] == 3 * backward
@@ -765,7 +765,7 @@ def test_unet_evaluations_with_real_samples(prior, changes, forward, backward):
 def test_micro_batches_cost_one_evaluation_of_phi(prior, micro_batch, forward):
     """With shared noise, where they are smaller than the batch: no graph is kept."""
     state = make_state(prior, method := method_of("asd", steps=1, share_noise=True), particles=3)
-    with counted(prior.unet, state.phi.unet) as counts:
+    with counted(prior.network, state.phi.network) as counts:
         go(prior, method, state, micro_batch)
     assert counts["forward"] == 3 * forward and counts["backward"] == counts["graph"] == 3
 
@@ -782,8 +782,8 @@ def by_hand(prior, phi, theta, random, lam, low=20, high=980):
     def says(unet, prompt):
         return unet(x_t, t, prior.encode_text([prompt]).expand(len(t), -1, -1)).sample
     with torch.no_grad():
-        eps_y, eps_uncond = says(prior.unet, PROMPT), says(prior.unet, "")
-        eps_phi = eps if isinstance(phi, NoisePhi) else says(phi.unet, PROMPT)
+        eps_y, eps_uncond = says(prior.network, PROMPT), says(prior.network, "")
+        eps_phi = eps if isinstance(phi, NoisePhi) else says(phi.network, PROMPT)
     guided = eps_uncond + lam * (eps_y - eps_uncond)
     return SimpleNamespace(alpha=alpha, sigma=sigma, eps=eps, eps_y=eps_y, eps_phi=eps_phi,
                            bracket=guided - eps_phi)
@@ -856,7 +856,7 @@ def said_by(prior, phi, x0, t, eps):
     """(ε_y, ε_φ) at x0 with the noise eps, without asd's own code, φ's with its graph."""
     alpha, sigma = (v.view(-1, 1, 1, 1) for v in (prior.alphas[t], prior.sigmas[t]))
     x_t, cond = alpha * x0 + sigma * eps, prior.encode_text([PROMPT]).expand(len(t), -1, -1)
-    y, of_phi = (unet(x_t, t, cond).sample for unet in (prior.unet, phi.unet))
+    y, of_phi = (unet(x_t, t, cond).sample for unet in (prior.network, phi.network))
     if prior.prediction_type == "v_prediction":
         y, of_phi = (sigma * x_t + alpha * v for v in (y, of_phi))
     return y, of_phi
@@ -890,9 +890,9 @@ def test_checkpointing_of_phi_is_not_the_priors(prior, kind):
     phis = [kind(prior, PROMPT, checkpointing=on) for on in (False, True)]
     one, two = (phi(x_t, t, cond, None) for phi in phis)
     assert torch.equal(one, two)
-    assert not any(getattr(m, "gradient_checkpointing", False) for m in prior.unet.modules())
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in prior.network.modules())
     assert any(getattr(m, "gradient_checkpointing", False) for m in phis[1].modules())
-    assert {p.data_ptr() for p in prior.unet.parameters()} <= \
+    assert {p.data_ptr() for p in prior.network.parameters()} <= \
         {p.data_ptr() for p in phis[1].parameters()}
 
 
@@ -1072,10 +1072,10 @@ def test_micro_batches_change_nothing(prior, changes):
 
 def test_micro_batch_bounds_each_call(prior):
     state, sizes = make_state(prior, method_of(), particles=5), []
-    for unet in (prior.unet, state.phi.unet):
+    for unet in (prior.network, state.phi.network):
         unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     go(prior, method_of(share_noise=True), state, micro_batch=2)
-    prior.unet._forward_pre_hooks.clear()
+    prior.network._forward_pre_hooks.clear()
     assert max(sizes) == 2
 
 
@@ -1149,7 +1149,7 @@ def test_nan_of_the_prior_ends_the_run(prior):
     def poison(state, terms):
         seen.append(state.generator.theta.detach().clone())
         if state.step == 2:
-            broken.unet.conv_out.bias[0] = math.nan
+            broken.network.conv_out.bias[0] = math.nan
     with pytest.raises(FloatingPointError, match="generator's gradient .*step 2"):
         asd.distill(broken, state.generator, broken.encode_text([PROMPT]), method, state=state,
                     callback=poison)

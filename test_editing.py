@@ -233,13 +233,13 @@ def test_phi_z_has_its_names(prior):                                            
 
 
 def test_both_phi_learn_and_the_prior_does_not(prior):                           # noqa: F811
-    before = {k: v.clone() for k, v in prior.unet.state_dict().items()}
+    before = {k: v.clone() for k, v in prior.network.state_dict().items()}
     state, rows, _ = edit(prior, "asd", steps=3)
     for phi in (state.phi, state.second.phi):
         fresh = LoRAPhi(prior, seed=0 if phi is state.phi else 1)
         old = trainable(fresh)
         assert all(not torch.equal(p, old[name]) for name, p in trainable(phi).items())
-    assert all(torch.equal(v, before[k]) for k, v in prior.unet.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in prior.network.state_dict().items())
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
@@ -476,7 +476,7 @@ def test_the_command_asks_for_the_target(cli, monkeypatch):
     for text, cond, phi in (("a blue fox", y, state.phi),
                             ("a red apple", state.second.cond, state.second.phi)):
         assert torch.equal(cond, prior_.encode_text([text]))
-        assert torch.equal(phi.embedding, EmbeddingPhi(prior_, text).embedding)
+        assert torch.equal(phi.words[0], EmbeddingPhi(prior_, text).words[0])
 
 
 def test_a_network_learns_on_samples_of_the_source(cli, monkeypatch):

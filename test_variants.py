@@ -509,8 +509,8 @@ def test_lmc_files_that_do_not_fit_are_one_line(prior, tmp_path, untrained, monk
 def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):  # noqa: F811
     """It is told by its UNet's weights, in any dtype, and the command that makes it is named."""
     monkeypatch.setattr(corrective, "OWN", tmp_path / "own.safetensors")
-    own = corrective.fingerprint(*prior.unet.parameters())
-    assert own == corrective.fingerprint(*(p.bfloat16() for p in prior.unet.parameters()))
+    own = corrective.fingerprint(*prior.network.parameters())
+    assert own == corrective.fingerprint(*(p.bfloat16() for p in prior.network.parameters()))
     with pytest.raises(FileNotFoundError, match="is not there.*--model.*--out FILE"):
         corrective.load_bias(prior)
     save_bias(Bias(4), corrective.OWN, model="epsilon", unet=own)
@@ -683,7 +683,7 @@ def test_unet_evaluations_per_particle_and_step(prior, untrained, name, changes,
     method = replace(ROWS[name], steps=2, **changes)
     state = make_state(prior, method, words=words | words_of(name, untrained))
     for i, expected in enumerate(evaluations):
-        with counted(prior.unet) as counts:
+        with counted(prior.network) as counts:
             go(prior, replace(method, steps=i + 1), state)
         assert counts["forward"] == 2 * expected and counts["graph"] == 0
 
@@ -701,9 +701,9 @@ def test_micro_batches_change_nothing(prior, untrained, name):  # noqa: F811
 
 @pytest.mark.parametrize("name", ROWS)
 def test_nothing_is_trained_but_theta(prior, untrained, name):  # noqa: F811
-    before = copy.deepcopy(prior.unet.state_dict())
+    before = copy.deepcopy(prior.network.state_dict())
     state = go(prior, replace(ROWS[name], steps=2), words=words_of(name, untrained))
-    assert state.opt_phi is None and same(before, prior.unet.state_dict())
+    assert state.opt_phi is None and same(before, prior.network.state_dict())
     assert state.generator.theta.isfinite().all()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from phi import seeded
+from phi import untrained
 from prior import Prior, UserError, ddim_samples
 from runs import (
     Parser,
@@ -78,11 +78,11 @@ class Translator(nn.Module):
         self.prior, self.sources, self.y, self.z, self.rng = prior, sources, y, z, rng
         self.cond_z = z[:1].repeat(batch, 1, 1)
         channels, height, _ = prior.shape
-        with seeded(seed):
-            self.net = UNet2DModel(
-                sample_size=height, in_channels=channels, out_channels=channels,
-                block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,
-                down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        self.net = untrained(lambda: UNet2DModel(
+            sample_size=height, in_channels=channels, out_channels=channels,
+            block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2),
+            torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.net.conv_out.weight)
         nn.init.zeros_(self.net.conv_out.bias)
         self.net.to(prior.device)

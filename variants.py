@@ -30,7 +30,7 @@ from torch import nn
 import asd
 import runs
 from asd import Method, NoisePhi, cfg_noise, optimal_eps_phi
-from phi import as_list, seeded
+from phi import as_list, untrained
 from prior import Prior, UserError, ddim_samples, ode_end, one_step_x0
 
 # the published prompts: NFSD's as in SDS-Bridge's repository, SDS-Bridge's own
@@ -288,14 +288,12 @@ class Network(nn.Module):
         super().__init__()
         from diffusers import UNet2DConditionModel
         self.prior, self.cond, self.rng = prior, cond.float(), rng
-        with seeded(int(torch.randint(2 ** 31, (), generator=rng))):
-            unet = UNet2DConditionModel(
-                sample_size=prior.shape[1:], in_channels=prior.shape[0],
-                out_channels=prior.shape[0], block_out_channels=widths, layers_per_block=1,
-                cross_attention_dim=cond.shape[-1], attention_head_dim=4, norm_num_groups=8,
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-        self.unet = unet.to(prior.device)
+        self.unet = untrained(lambda: UNet2DConditionModel(
+            sample_size=prior.shape[1:], in_channels=prior.shape[0], out_channels=prior.shape[0],
+            block_out_channels=widths, layers_per_block=1, cross_attention_dim=cond.shape[-1],
+            attention_head_dim=4, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")), rng).to(prior.device)
         self.register_buffer("shown", self.noise())    # what images() shows; in the checkpoint
 
     def noise(self):
@@ -373,7 +371,7 @@ def train_corrective(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     prior = Prior.from_pretrained(args.model, runs.usable(args.device))
     # what was made with other weights, words or settings is never taken for this
-    unet = corrective.fingerprint(*prior.unet.parameters())
+    unet = corrective.fingerprint(*prior.network.parameters())
     prompts = read_lines(args.prompts) if args.prompts else []
     DATA.mkdir(exist_ok=True)
 

@@ -83,8 +83,9 @@ def load_bias(prior, path=None):
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             named = {key: file.get_tensor(key).float() for key in file.keys()}
-        network = Bias(prior.shape[0])
-        network.load_state_dict(named)
+        with torch.device("meta"):
+            network = Bias(prior.shape[0])
+        network.load_state_dict(named, assign=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"LMC-SDS needs a corrective and {path} is not there: {mend}") from error
@@ -92,7 +93,7 @@ def load_bias(prior, path=None):
         first, *more = str(error).strip().split("\n")       # torch's first line names no tensor
         reason = (more or [first])[0].strip()[:100]
         raise ValueError(f"{path} is no corrective for {prior.name} ({reason}): {mend}") from error
-    if own and about.get("unet") != fingerprint(*prior.unet.parameters()):
+    if own and about.get("unet") != fingerprint(*prior.network.parameters()):
         whose = "another" if about.get("model") == name else about.get("model")
         raise ValueError(f"{path} was trained for {whose}, not for this {name}: {mend}")
     return network

@@ -190,14 +190,17 @@ def make_data(args):
     pictures, rows = [], []
     for name, style, picture in emoji_pictures(DATA / "npm"):
         noun = articled(name)
-        rows.append({"concept": name, "style": style, "captions": [f"{style} {noun}", noun]})
+        rows.append({"concept": name, "style": style, "captions": [f"{style} {noun}", noun],
+                     "more": False})
         pictures.append(picture)
-    for name, captions, picture in solid_pictures():
-        rows.append({"concept": name, "style": "solid", "captions": captions})
-        pictures.append(picture)
+    for more, drawn in enumerate((solid_pictures(), solid_pictures(per_pair=32, seed=1))):
+        for name, captions, picture in drawn:         # the second are for training alone
+            rows.append({"concept": name, "style": "solid", "captions": captions,
+                         "more": bool(more)})
+            pictures.append(picture)
     # one picture in forty is kept out of the VAE's training: evaluate() measures PSNR on those
     for i, row in enumerate(rows):
-        row["held_out"] = random.Random(i).random() < 1 / 40
+        row["held_out"] = not row["more"] and random.Random(i).random() < 1 / 40
     save_tensors(DATA / "pictures.safetensors", {"pictures": torch.stack(pictures)})
     (DATA / "captions.json").write_text(json.dumps(rows))
     shutil.rmtree(DATA / "tokenizer", ignore_errors=True)
@@ -213,12 +216,15 @@ def load_data():
             json.loads((DATA / "captions.json").read_text()))
 
 
-def jitter(images, shift=0.05, scale=0.06, flip=True):
-    """Random flips, small shifts and scalings of [B, 3, H, W] in [0, 1] on their white ground."""
+def jitter(images, shift=0.05, scale=0.06, flip=0.5):
+    """Random flips, small shifts and scalings of [B, 3, H, W] in [0, 1] on their white ground.
+
+    flip: its probability, one for all or [B]: a solid's mirror image is not what its view shows.
+    """
     batch = len(images)
     theta = torch.zeros(batch, 2, 3, device=images.device)
     zoom = 1 + scale * (2 * torch.rand(batch, device=images.device) - 1)
-    sign = torch.where(torch.rand(batch, device=images.device) < 0.5, -1.0, 1.0) if flip else 1.0
+    sign = torch.where(torch.rand(batch, device=images.device) < flip, -1.0, 1.0)
     theta[:, 0, 0], theta[:, 1, 1] = zoom * sign, zoom
     theta[:, :, 2] = shift * (4 * torch.rand(batch, 2, device=images.device) - 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)

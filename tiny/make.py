@@ -214,14 +214,16 @@ def normalize_latents(vae, pictures):
 
 
 @torch.no_grad()
-def cached_latents(vae, pictures, device, variants=4):
-    """[variants, N, 4, 16, 16]: as they are, then flipped, shifted, scaled a little."""
+def cached_latents(vae, pictures, flip, variants=4):
+    """[variants, N, 4, 16, 16]: as they are, then flipped (with probability flip [N]), shifted,
+    scaled a little."""
     versions = []
     for variant in range(variants):
         latents = []
-        for p in tqdm(pictures.split(100), desc=f"latents {variant + 1}/{variants}"):
-            x = p.to(device).float() / 255
-            x = x if variant == 0 else jitter(x)
+        parts = list(zip(pictures.split(100), flip.split(100), strict=True))
+        for p, chance in tqdm(parts, desc=f"latents {variant + 1}/{variants}"):
+            x = p.to(vae.device).float() / 255
+            x = x if variant == 0 else jitter(x, flip=chance.to(vae.device))
             latents.append(vae.encode(2 * x - 1).latent_dist.mean)
         versions.append(torch.cat(latents))
     return torch.stack(versions)
@@ -229,18 +231,21 @@ def cached_latents(vae, pictures, device, variants=4):
 
 def train_unet(args, pipe, pictures, rows):
     """UNet and text encoder together on cached latents; 10 % of the captions are null."""
+    from diffusers.models.attention_processor import AttnProcessor
     unet, text_encoder, scheduler = pipe.unet, pipe.text_encoder, pipe.scheduler
+    unet.set_attn_processor(AttnProcessor())        # written out: the fused one is slow in bf16
     training = trainer(args, torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
-                       8e-4)
-    latents = cached_latents(pipe.vae, pictures, args.device)
+                       6e-4)
+    solid = torch.tensor([row["style"] == "solid" for row in rows])
+    weight = 0.4 * solid / solid.sum() + 0.6 * ~solid / (~solid).sum()
+    latents = cached_latents(pipe.vae, pictures, 0.5 * ~solid)
     ids = torch.stack([tokenize(pipe.tokenizer, [row["captions"][k] for row in rows])
                        for k in (0, 1)]).to(args.device)
     null = tokenize(pipe.tokenizer, [""]).to(args.device)
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
-    solid = torch.tensor([row["style"] == "solid" for row in rows])
 
     def loss_function():
-        row = torch.multinomial(torch.where(solid, 0.3, 1.0), 64, replacement=True)
+        row = torch.multinomial(weight, 64, replacement=True)
         # 80 % of the solids' captions name the view, 70 % of the emoji's the style
         short = (torch.rand(len(row)) < torch.where(solid[row], 0.2, 0.3)).long()
         row, short = row.to(args.device), short.to(args.device)
@@ -251,8 +256,9 @@ def train_unet(args, pipe, pictures, rows):
         eps = torch.randn_like(x0)
         snr = alpha_bar[t] / (1 - alpha_bar[t])
         x_t = scheduler.add_noise(x0, eps, t)
-        predicted = unet(x_t, t, text_encoder(tokens).last_hidden_state).sample
-        error = (predicted - eps).square().mean((1, 2, 3))
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            predicted = unet(x_t, t, text_encoder(tokens).last_hidden_state).sample
+        error = (predicted.float() - eps).square().mean((1, 2, 3))
         # the error of x0 is error / snr; its weight is the SNR within [1, 5]: not more than 5
         # (min-SNR), and not less than 1 (truncated SNR), or layouts follow the noise, not the words
         loss = (error * snr.clamp(1, 5) / snr).mean()
@@ -261,41 +267,88 @@ def train_unet(args, pipe, pictures, rows):
 
 
 def train_clip(args, clip, tokenizer, pictures, rows):
-    """Contrastive: every caption that is true of a picture counts as its positive."""
+    """Contrastive: every caption that is true of a picture counts as its positive, a spoilt picture
+    is nobody's, and solids that have a front are told from the same solid's other views."""
+    clip.set_attn_implementation("eager")
     training = trainer(args, clip, 1e-3)
     pictures = pictures.to(args.device)
-    texts = sorted({c for row in rows for c in row["captions"]})
+    captions = [[*row["captions"], *other_views(row)] for row in rows]
+    texts = sorted({caption for some in captions for caption in some})
     number = {text: i for i, text in enumerate(texts)}
-    true_of = torch.tensor([[number[c] for c in row["captions"]] for row in rows])
+    true_of = torch.tensor([[number[c] for c in some[:2]] for some in captions])
+    views = torch.tensor([[number[c] for c in some[2:]] or [-1] * 4 for some in captions])
     ids = tokenize(tokenizer, texts).to(args.device)
-    weight = torch.tensor([0.2 if row["style"] == "solid" else 1.0 for row in rows])
+    solid = torch.tensor([row["style"] == "solid" for row in rows])
+    weight = 0.4 * solid / solid.sum() + 0.6 * ~solid / (~solid).sum()
 
     def loss_function():
-        row = torch.multinomial(weight, 128)
+        row = torch.multinomial(weight, 128, replacement=True)
         text = true_of[row, (torch.rand(len(row)) < 0.4).long()]
         positive = (true_of[row][:, :, None] == text).any(1).float().to(args.device)
-        image = soil(jitter(pictures[row].float() / 255, shift=0.08, scale=0.15))
-        logits = clip(input_ids=ids[text], pixel_values=clip_pixels(image)).logits_per_image
-        loss = -(positive / positive.sum(1, True) * logits.log_softmax(1)).sum(1).mean() / 2
-        loss = loss - (positive / positive.sum(0) * logits.log_softmax(0)).sum(0).mean() / 2
-        hit = positive.gather(1, logits.argmax(1, True)).mean()
-        return loss, {"loss": loss.detach(), "hit": hit}
+        image = jitter(pictures[row].float() / 255, shift=0.08, scale=0.15)
+        viewed = views[row, 0] >= 0
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            out = clip(input_ids=ids[torch.cat([text, views[row[viewed]].flatten()])],
+                       pixel_values=clip_pixels(torch.cat([soil(image), spoil(image)])))
+        words, others = out.text_embeds.float().split([len(row), 4 * viewed.sum()])
+        seen, scale = out.image_embeds.float(), clip.logit_scale.exp()
+        logits = scale * seen @ words.T                                    # [256, 128]
+        of_image = logits[:len(row)].log_softmax(1)
+        loss = -(positive / positive.sum(1, True) * of_image).sum(1).mean() / 2
+        of_text = logits.log_softmax(0)[:len(row)]
+        loss = loss - (positive / positive.sum(0) * of_text).sum(0).mean() / 2
+        hit = positive.gather(1, of_image.argmax(1, True)).mean()
+        # which of its four views is it?
+        others = others.unflatten(0, (-1, 4))
+        among = scale * torch.einsum("bd,bvd->bv", seen[:len(row)][viewed], others)
+        right = (views[row] == true_of[row, :1])[viewed].float().to(args.device)
+        view_loss = -(right * among.log_softmax(1)).sum(1).mean() if len(right) else 0 * loss
+        return loss + 0.3 * view_loss, {"loss": loss.detach(), "hit": hit,
+                                        "view_loss": view_loss.detach()}
     training.run(loss_function)
 
 
+def other_views(row):
+    """The four captions with a view of a solid whose views differ; [] for all other pictures."""
+    kind = row["concept"].partition(" ")[2]
+    if row["style"] != "solid" or not solids.KINDS[kind].has_front:
+        return []
+    return [f"{row['captions'][1]}, {view} view" for view in solids.VIEWS]
+
+
+def some(chance, images):
+    """1 with this probability for a picture, else 0: [B, 1, 1, 1]."""
+    return (torch.rand(len(images), 1, 1, 1, device=images.device) < chance).float()
+
+
 def soil(images):
-    """Blur, noise, fade and tint half of the pictures: a judge of generated ones must not mind."""
-    batch = len(images)
-
-    def some(chance):
-        return (torch.rand(batch, 1, 1, 1, device=images.device) < chance).float()
-
+    """Blur, noise, fade and tint some of the pictures a little: a judge must not mind that."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    images = images + some(0.3) * (blurred - images)
-    images = images + some(0.4) * 0.08 * torch.randn_like(images)
-    tint = torch.randn(batch, 3, 1, 1, device=images.device)
-    images = images + some(0.4) * 0.05 * tint
-    return images + some(0.3) * (images.mean((2, 3), keepdim=True) - images) * 0.3
+    images = images + 0.5 * some(0.3, images) * (blurred - images)
+    images = images + some(0.4, images) * 0.03 * torch.randn_like(images)
+    tint = torch.randn(len(images), 3, 1, 1, device=images.device)
+    images = images + some(0.4, images) * 0.03 * tint
+    return images + some(0.3, images) * (images.mean((2, 3), keepdim=True) - images) * 0.15
+
+
+def spoil(images):
+    """What distillation does where it fails, to each picture at least one: a smear, speckles,
+    colours too strong, blotches, a veil of the mean."""
+    which = torch.randint(5, (len(images), 1, 1, 1), device=images.device)
+
+    def also(kind):
+        return ((which == kind) | (torch.rand(which.shape, device=which.device) < 0.2)).float()
+    strength = 0.5 + torch.rand(which.shape, device=images.device)                  # 0.5 … 1.5
+    small = F.interpolate(images, scale_factor=1 / 8, mode="area")
+    smeared = F.interpolate(small, size=images.shape[-2:], mode="bicubic")
+    images = images + also(0) * (0.5 * strength + 0.1).clamp(max=0.8) * (smeared - images)
+    images = images + also(1) * 0.15 * strength * torch.randn_like(images)
+    grey = images.mean(1, keepdim=True)
+    images = (images + also(2) * strength * (images - grey)).clamp(0, 1)
+    blotches = F.interpolate(torch.randn_like(small), size=images.shape[-2:], mode="bicubic")
+    images = images + also(3) * 0.2 * strength * blotches
+    mean = images.mean((2, 3), keepdim=True)
+    return (images + also(4) * (0.4 * strength) * (mean - images)).clamp(0, 1)
 
 
 def export(folder, pipe):
@@ -453,6 +506,9 @@ def parse(argv):
     p.add_argument("--minutes", type=float, help="before the decay (default: no end)")
     p.add_argument("--decay", type=float, default=0.0, metavar="MINUTES",
                    help="then its rate falls to zero and the weights are written (default: never)")
+    p.add_argument("--bf16", action="store_true",
+                   help="the UNet in bfloat16: half the time where the CPU has it (avx512_bf16, "
+                        "amx), up to 20 times as much where it has not")
     p = commands.add_parser("evaluate", help="print the numbers of the model cards")
     p = commands.add_parser("sample", help="text-to-image; without prompts the contact sheet")
     p.add_argument("prompt", nargs="*")
