@@ -35,7 +35,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 seeds = st.integers(0, 2 ** 31)
 DOUBLE = {"dtype": torch.float64}
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
-RESOLUTIONS, SIZE = (2, 3, 5), 64                    # two dense levels and a hashed one
+RESOLUTIONS, SIZE, DENSE = (2, 3, 5), 64, 2          # two dense levels, the second one just fits
 close = torch.testing.assert_close
 
 
@@ -122,10 +122,10 @@ def test_composite_of_extreme_densities():
 # -------------------------------------------------------------------------------- hash encoding
 def index(level, vertex):
     """The row of a vertex in the table, in plain Python."""
-    offsets, dense = layout(RESOLUTIONS, SIZE)
+    offsets, _ = layout(RESOLUTIONS, SIZE)
     x, y, z = vertex
     n = RESOLUTIONS[level]
-    if level < dense:
+    if level < DENSE:
         return offsets[level] + x + (n + 1) * (y + (n + 1) * z)
     return offsets[level] + (x ^ y * 2654435761 ^ z * 805459861) % 2 ** 32 % SIZE
 
@@ -138,7 +138,7 @@ def test_encoding_is_exact_at_the_vertices(level):
     rows = [index(level, v) for v in vertices]
     here = hash_encode(torch.tensor(vertices, **DOUBLE) / n, table(), RESOLUTIONS, SIZE)
     close(here[:, 2 * level:2 * level + 2], table()[rows], **TIGHT)
-    if level < layout(RESOLUTIONS, SIZE)[1]:
+    if level < DENSE:
         assert len(set(rows)) == len(rows)
 
 
@@ -179,6 +179,19 @@ def test_encoding_takes_any_number_of_points_and_the_edge():
         assert hash_encode(rand(n, 3), table(), RESOLUTIONS, SIZE).shape == (n, 6)
     corner = hash_encode(torch.ones(1, 3, **DOUBLE), table(), RESOLUTIONS, SIZE)
     close(corner[0, :2], table()[index(0, (2, 2, 2))], **TIGHT)
+
+
+def test_the_far_faces_belong_to_the_last_cells():
+    """The slope there is that of the cell inside; a grid's last cells reach to the box's faces."""
+    x = (rand(3, 3, seed=4) * 0.1 + 0.85).fill_diagonal_(1).requires_grad_()      # one face each
+    encode = lambda x: hash_encode(x, table(), RESOLUTIONS, SIZE).sum(1)
+    slope = torch.autograd.grad(encode(x).sum(), x)[0]
+    for axis in torch.eye(3, **DOUBLE):
+        close((encode(x) - encode(x - 0.01 * axis)) / 0.01, slope @ axis, rtol=1e-8, atol=1e-8)
+    field = small()
+    field.occupied.copy_(torch.rand(8, 8, 8, generator=rng()) < 0.5)
+    x = torch.cat([x.detach(), -x.detach()]).float()
+    assert torch.equal(field.occupancy(x), field.occupancy(0.999 * x))
 
 
 # ------------------------------------------------------------------------------- Triton kernels

@@ -73,6 +73,9 @@ def test_scene_ranges_of_one_value_and_others():
     close(place, torch.tensor([[math.cos(turn), math.sin(turn), 0.0]]).expand(64, 3), rtol=0,
           atol=1e-5)
     assert 30 <= fovy.min() < 32 and 48 < fovy.max() <= 50
+    height = make_scene(views=64, overhead=1).cameras()[0][:, :3, 2][:, 2]       # from above
+    elevation = torch.rad2deg(torch.asin(height))
+    assert 61.9 < elevation.min() < 64 and 78 < elevation.max() < 80.1
     assert (make_scene().cameras()[1] == 40).all()
     wide, narrow = (make_scene(fovy=(f, f), late=0.0) for f in (120.0, 20.0))
     assert wide()[0].mean() > narrow()[0].mean()                  # more of the white around it
@@ -98,6 +101,13 @@ def test_scene_regularisers_by_hand():
     entropic.opacity = s.opacity
     entropic.regulariser().backward()
     assert (s.opacity.grad < 0).all()                             # more than half: to one
+    for o, as_if in ((0.0, 1e-3), (1.0, 1 - 1e-3)):               # log 0 and its slope are avoided
+        s.opacity = torch.full((1, 2, 2), o, requires_grad=True)
+        entropy = -1e-3 * math.log(1e-3) - (1 - 1e-3) * math.log(1 - 1e-3)
+        close(s.regulariser().detach(), torch.tensor(2 * math.sqrt(as_if ** 2 + 0.01)
+                                                     + 3 * entropy))
+        s.regulariser().backward()
+        assert (s.opacity.grad == 0).all()
 
 
 @pytest.mark.parametrize("background", ["white", "random", "learnt"])
