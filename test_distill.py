@@ -24,7 +24,7 @@ from torch import nn
 
 import asd
 from asd import METHODS, Latents, NoisePhi, Pixels, Prior, State, UserError
-from phi import EmbeddingPhi, LoRAPhi
+from phi import EmbeddingPhi, LoRAPhi, second_view
 from prior import to_eps
 from tiny import make
 
@@ -424,6 +424,22 @@ def test_lora_shares_the_priors_storage_and_owns_only_adapters(either):
     expected = sum(3 * (m.in_features + m.out_features) for m in linears)
     assert sum(p.numel() for p in own.values()) == expected > 0
     assert len(linears) == 4 * 8                        # q, k, v, out of 4 blocks x (self, cross)
+
+
+def test_lora_starts_with_unit_noise_by_rank_and_zeros(prior):
+    """N(0, 1/r²) down, zeros up."""
+    named = trainable(LoRAPhi(prior, rank=8))
+    down, up = (torch.cat([p.flatten() for name, p in named.items() if part in name])
+                for part in ("lora_A", "lora_B"))
+    assert 8 * down.std().item() == pytest.approx(1, rel=0.05) and not up.any()
+
+
+def test_a_second_view_shares_buffers_too():
+    one = nn.BatchNorm1d(3)
+    other = second_view(one)
+    assert other is not one and len(other.state_dict()) == 5
+    assert all(v.data_ptr() == one.state_dict()[name].data_ptr()
+               for name, v in other.state_dict().items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -1046,14 +1062,15 @@ def test_steps_leave_each_others_gradients_none(prior, phi, share_noise, phi_fir
     assert found == [True] * 4
 
 
-def test_phi_has_no_weight_decay(prior):
-    """The down-matrices have no gradient in the first step: decay alone would shrink them."""
-    method = method_of(steps=1, phi_lr=0.1)
-    state = make_state(prior, method)
-    before = copy.deepcopy(trainable(state.phi))
-    go(prior, method, state)
+def test_phi_steps_by_adamw_without_decay(prior):
+    """Of its first gradient g, however small: −lr · g / (|g| + 1e-8)."""
+    state = make_state(prior, method_of(phi_lr=0.1))
+    before = copy.deepcopy(trainable(scramble(state.phi)))
+    for p in trainable(state.phi).values():
+        p.grad = torch.full_like(p, 1e-7)
+    state.opt_phi.step()
     for name, p in trainable(state.phi).items():
-        assert torch.equal(p, before[name]) == ("lora_A" in name)
+        torch.testing.assert_close(p, before[name] - 0.1 * 1e-7 / 1.1e-7, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"share_noise": True}, {"phi": "embedding"},
