@@ -440,10 +440,10 @@ def from_folder(diffusers, folder, dtype):
     """The pipeline, each part loaded by its own class, which says what is missing."""
     import transformers
     kind, index = pipeline_class(diffusers, folder)
-    parts = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder")
-             if name in index}
+    unused, parts = ("safety_checker", "feature_extractor", "image_encoder"), {}
     for name, (library, part) in ((k, v) for k, v in index.items() if isinstance(v, list)):
-        if name in parts or part is None:
+        if part is None or name in unused:              # such as SD3's T5, where it is left out
+            parts[name] = None
             continue
         part = getattr({"diffusers": diffusers, "transformers": transformers}[library], part)
         if not issubclass(part, nn.Module):

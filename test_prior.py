@@ -1,0 +1,456 @@
+"""Every family of priors through the one door: tiny random pipelines of the real classes.
+
+The oracle is each pipeline's own prediction, caught by a hook inside its own __call__; and a flow
+prior that is exact, tiny/sd itself in a flow model's variables.
+"""
+import json
+import math
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import asd
+from phi import EmbeddingPhi, LoRAPhi
+from prior import FAMILIES, Latents, Prior, UserError
+from test_distill import (PROMPT, load, folders, no_network, rng, same,  # noqa: F401 (fixtures)
+                          sample, save_tiny_pipeline, scramble, trainable)
+from tiny import make
+
+OTHERS = ["sdxl", "sd3", "sd3-dynamic", "flux2"]
+
+
+# ------------------------------------------------------------------------------- tiny pipelines
+def clip(tokenizer, kind, width):
+    from transformers import CLIPTextConfig
+    return kind(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def vae(kind, **config):
+    return kind(down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4, sample_size=16,
+                up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
+                layers_per_block=1, norm_num_groups=4, **config)
+
+
+def sdxl(tokenizer):
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        cross_attention_dim=32 + 24, attention_head_dim=2, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=24 + 6 * 4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    return StableDiffusionXLPipeline(
+        vae(AutoencoderKL, scaling_factor=0.13, latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.0, 2.0, 0.5, 1.5]),
+        clip(tokenizer, CLIPTextModel, 32), clip(tokenizer, CLIPTextModelWithProjection, 24),
+        tokenizer, tokenizer, unet, make.make_scheduler())
+
+
+def sd3(tokenizer, **schedule):
+    from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
+                           StableDiffusion3Pipeline)
+    from transformers import CLIPTextModelWithProjection
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=16,
+        pooled_projection_dim=32 + 48, out_channels=4, pos_embed_max_size=8)
+    return StableDiffusion3Pipeline(            # without its third encoder, T5, as many have it
+        transformer, FlowMatchEulerDiscreteScheduler(**schedule),
+        vae(AutoencoderKL, scaling_factor=1.5, shift_factor=0.06),
+        clip(tokenizer, CLIPTextModelWithProjection, 32), tokenizer,
+        clip(tokenizer, CLIPTextModelWithProjection, 48), tokenizer, None, None)
+
+
+def flux2(tokenizer):
+    from diffusers import (AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline,
+                           Flux2Transformer2DModel)
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+    words = Qwen2Tokenizer(vocab=tokenizer.get_vocab(), merges=[])
+    words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    text_encoder = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=28,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=4))
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False)
+    coder = vae(AutoencoderKLFlux2)
+    coder.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
+    coder.bn.running_var.copy_(torch.linspace(0.5, 2, 16))
+    schedule = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2KleinPipeline(schedule, coder, text_encoder, words, transformer)
+
+
+MAKERS = {"sdxl": sdxl, "sd3": lambda words: sd3(words, shift=3.0),
+          "sd3-dynamic": lambda words: sd3(words, use_dynamic_shifting=True), "flux2": flux2}
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    tokenizer = make.make_tokenizer([PROMPT, "a blue fox"], root / "words")
+    for i, (name, maker) in enumerate(MAKERS.items()):
+        torch.manual_seed(i)
+        pipe = maker(tokenizer)
+        network = pipe.components.get("unet") or pipe.transformer
+        with torch.no_grad():                               # zeros at the start; and words matter
+            for key, p in network.named_parameters():
+                p += 0.05 * torch.randn_like(p) if "proj_out" in key or "norm" in key else 0
+                p *= 10 if "attn2" in key and ("to_out.0.w" in key or "to_v" in key) else 1
+        pipe.save_pretrained(root / name)
+    return {name: root / name for name in MAKERS}
+
+
+@pytest.fixture(params=OTHERS)
+def family(request, family_folders):
+    """(the Prior of a family, its folder)."""
+    folder = family_folders[request.param]
+    return Prior.from_pretrained(folder, "cpu", torch.float32, size=16), folder
+
+
+# ------------------------------------------------------------------------------------- the oracle
+class Caught(Exception):
+    pass
+
+
+def pipeline(folder):
+    """As its user has it."""
+    from diffusers import DiffusionPipeline
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, **{key: None for key, value in index.items() if value == [None, None]})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pipelines_own(folder, lam, step):
+    """(what the pipeline predicts, guided, at x_t; x_t; the time it tells its network) in one step
+    of its own __call__, and the pipeline."""
+    pipe, seen = pipeline(folder), []
+    scheduled = pipe.scheduler.step
+
+    def step_function(predicted, t, x_t, *args, **kwargs):
+        seen.append((predicted.clone(), x_t.clone(), t))
+        return scheduled(predicted, t, x_t, *args, **kwargs)
+    pipe.scheduler.step = step_function
+    size = {"height": 16, "width": 16}
+    pipe(prompt=PROMPT, num_inference_steps=4, guidance_scale=lam, output_type="latent", generator=rng(),
+         **size)
+    return *seen[step], pipe
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_eps_is_the_pipelines_own_prediction(family, step, monkeypatch):
+    """Guidance included; a flow model's velocity u is x_t + (1 − σ) u as ε."""
+    (prior, folder), lam = family, 3.0
+    predicted, x_t, time, pipe = pipelines_own(folder, lam, step)
+    if prior.prediction_type == "flow":
+        sigma = float(time) / 1000                            # none of the table's own, as a rule
+        monkeypatch.setattr(prior, "sigmas", torch.full((1000,), sigma))
+        monkeypatch.setattr(prior, "alphas", 1 - prior.sigmas)
+        t = torch.tensor([7])
+    else:
+        t = torch.tensor([int(time)])
+    unpacked = [v if v.dim() == 4 else v.transpose(1, 2).reshape(1, *prior.shape)
+                for v in (predicted, x_t)]
+    expected = unpacked[0]
+    if prior.prediction_type == "flow":
+        expected = unpacked[1] + (1 - sigma) * expected
+    with torch.no_grad():
+        eps_uncond, eps_y = (prior.eps(unpacked[1], t, prior.encode_text([text]))
+                             for text in ("", PROMPT))
+    assert not torch.allclose(eps_uncond, eps_y, atol=1e-3)            # the words matter
+    torch.testing.assert_close(asd.cfg_noise(eps_uncond, eps_y, lam), expected,
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_are_the_pipelines_own(family):
+    prior, folder = family
+    *_, pipe = pipelines_own(folder, 1.0, 0)
+    latents, pictures = (pipe(prompt=PROMPT, num_inference_steps=2, output_type=kind,
+                              generator=rng(), height=16, width=16).images
+                         for kind in ("latent", "pt"))
+    x0 = latents
+    if prior.patch > 1:      # the pipeline gives unfolded latents, in the VAE's own units
+        x0 = (nn.functional.pixel_unshuffle(latents, 2) - prior.center) * prior.scale
+    torch.testing.assert_close(prior.decode(x0), pictures, rtol=1e-4, atol=1e-4)
+
+
+def test_encoding_inverts_the_units_of_decoding(family, monkeypatch):
+    """With a VAE that changes nothing, decode(encode) is the identity, in any units of x0."""
+    prior, _ = family
+    z = torch.randn(2, 4, 8, 8, generator=rng())
+    monkeypatch.setattr(prior, "vae", SimpleNamespace(
+        dtype=torch.float32, decode=lambda z: SimpleNamespace(sample=z / 20), encode=lambda images:
+        SimpleNamespace(latent_dist=SimpleNamespace(mean=10 * images))))
+    back = prior.decode(prior.encode_image((z / 10 + 1) / 2))
+    x0 = prior.encode_image((z / 10 + 1) / 2)
+    assert x0.shape == (2, *prior.shape)
+    torch.testing.assert_close(back, (nn.functional.pixel_shuffle(
+        x0 / prior.scale + prior.center, prior.patch) / 40 + 0.5).clamp(0, 1))
+
+
+# --------------------------------------------------------------------------------- its own time
+def test_schedules_are_the_schedulers(family):
+    """α + σ = 1 for flow, α² + σ² = 1 for the rest; σ rises with t as the scheduler has it."""
+    prior, folder = family
+    assert len(prior.alphas) == len(prior.sigmas) == 1000 and (prior.sigmas.diff() > 0).all()
+    if prior.prediction_type != "flow":
+        torch.testing.assert_close(prior.alphas ** 2 + prior.sigmas ** 2, torch.ones(1000))
+        return
+    torch.testing.assert_close(prior.alphas + prior.sigmas, torch.ones(1000))
+    scheduler, told = prior.pipe.scheduler, {}
+    if scheduler.config.use_dynamic_shifting:
+        told["mu"] = prior.family.mu(prior.pipe, prior.shape)
+    scheduler.set_timesteps(sigmas=(torch.arange(1000, 0, -1) / 1000).tolist(), **told)
+    torch.testing.assert_close(prior.sigmas, scheduler.sigmas[:-1].flip(0))
+
+
+def test_shift_grows_with_the_canvas(family_folders):
+    """Of a schedule that moves with the picture's size: a larger one is noisier at the same t."""
+    small, large = (Prior.from_pretrained(family_folders["sd3-dynamic"], "cpu", size=size)
+                    for size in (8, 16))
+    assert small.shape[1] == 4 and (large.sigmas[:-1] > small.sigmas[:-1]).all()
+
+
+# ------------------------------------------------------------------------------------------ cond
+def test_cond_is_one_tensor_that_may_be_cut_and_joined(family):
+    prior, _ = family
+    x_t, t, cond = sample(prior, 4)
+    whole = prior.eps(x_t, t, cond)
+    parts = [prior.eps(x_t[i], t[i], cond[i]) for i in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+    alone = prior.encode_text(["a blue fox"])
+    torch.testing.assert_close(prior.eps(x_t, t, torch.cat([alone] * 4)),
+                               prior.eps(x_t, t, alone.expand(4, -1, -1)), rtol=1e-4, atol=1e-5)
+    tokens, pooled = prior.unpack(cond)
+    assert torch.equal(prior.pack(tokens, pooled), cond)
+    assert torch.equal(prior.encode_text(["x", PROMPT])[1], prior.encode_text([PROMPT])[0])
+
+
+# ---------------------------------------------------------------------------------------------- φ
+def test_pipeline_takes_the_saved_lora(family, tmp_path):
+    prior, folder = family
+    x_t, t, cond = sample(prior)
+    tensors = {k: v.clone() for k, v in prior.network.state_dict().items()}
+    phi = LoRAPhi(prior)
+    assert torch.equal(phi(x_t, t, cond, None), prior.eps(x_t, t, cond))       # step 0
+    phi(x_t, t, cond, None).square().sum().backward()
+    assert {n for n, p in trainable(phi).items() if p.grad is None} == set()
+    scramble(phi).save(tmp_path)
+    pipe = pipeline(folder)
+    pipe.load_lora_weights(tmp_path)
+    loaded = getattr(pipe, prior.family.network)
+    with torch.no_grad():
+        expected = phi(x_t, t, cond, None)
+        torch.testing.assert_close(prior.eps_of(loaded, x_t, t, cond), expected,
+                                   rtol=1e-4, atol=1e-4)
+        again = LoRAPhi(prior, init=tmp_path, seed=5)
+        assert torch.equal(again(x_t, t, cond, None), expected)
+        assert not torch.allclose(expected, prior.eps(x_t, t, cond), atol=1e-2)
+    assert same(tensors, prior.network.state_dict())
+    shared = {p.data_ptr() for p in prior.network.parameters()}
+    assert shared <= {p.data_ptr() for p in phi.network.parameters()}
+
+
+def test_pipeline_takes_the_saved_embedding_of_two_encoders(family_folders, tmp_path):
+    prior = Prior.from_pretrained(family_folders["sdxl"], "cpu")
+    x_t, t, _ = sample(prior)
+    phi = EmbeddingPhi(prior, PROMPT, tokens=3)
+    torch.testing.assert_close(phi.encode(), prior.encode_text([PROMPT]), rtol=1e-5, atol=1e-5)
+    assert [tuple(p.shape) for p in phi.parameters()] == [(3, 32), (3, 24)]
+    phi(x_t, t, None, None).square().sum().backward()
+    assert all((p.grad.abs().sum(1) > 0).all() for p in phi.parameters())
+    scramble(phi).save(tmp_path)
+    pipe = pipeline(family_folders["sdxl"])
+    words = load_file(tmp_path / "learned_embeds.safetensors")
+    for name, part in (("clip_l", ""), ("clip_g", "_2")):
+        pipe.load_textual_inversion(
+            {"<phi>": words[name]}, token="<phi>", tokenizer=getattr(pipe, f"tokenizer{part}"),
+            text_encoder=getattr(pipe, f"text_encoder{part}"))
+    tokens, _, pooled, _ = pipe.encode_prompt("<phi>", do_classifier_free_guidance=False)
+    torch.testing.assert_close(prior.pack(tokens, pooled), phi.encode(), rtol=1e-4, atol=1e-4)
+    again = EmbeddingPhi(prior, "a blue fox", tokens=3)
+    again.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.words, phi.words, strict=True))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux2"])
+def test_embedding_of_other_encoders_is_refused(family_folders, name):
+    prior = Prior.from_pretrained(family_folders[name], "cpu", size=16)
+    with pytest.raises(ValueError, match="use a LoRA"):
+        EmbeddingPhi(prior, PROMPT)
+    with pytest.raises(ValueError, match="needs a UNet"):
+        LoRAPhi(prior, camera=16)
+
+
+# --------------------------------------------------------------------------- folders that do not do
+def damage(folder, part, change):
+    """Rewrite the weights of a part of a folder: change({name: tensor})."""
+    (file,) = (folder / part).glob("*.safetensors")
+    named = load_file(file)
+    change(named)
+    save_file(named, file, {"format": "pt"})
+
+
+def poison(named):
+    next(iter(named.values())).view(-1)[0] = math.nan
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("change", [lambda named: named.pop(sorted(named)[0]), poison,
+                                    lambda named: named.update(another=torch.zeros(3))],
+                         ids=["missing", "not finite", "unexpected"])
+def test_weights_that_are_not_a_models_are_refused(family_folders, tmp_path, part, change):
+    folder = shutil.copytree(family_folders["sdxl"], tmp_path / "model")
+    damage(folder, part, change)
+    with pytest.raises(UserError, match=f"{folder}.*{part}") as caught:
+        Prior.from_pretrained(folder, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file, changes", [
+    ("unet", {"cross_attention_dim": 24}), ("unet", {"sample_size": None}),
+    ("vae", {"scaling_factor": None}), ("scheduler", {"prediction_type": "sample"}),
+    ("model_index.json", {"scheduler": ["diffusers", "EDMEulerScheduler"]}),
+    ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}),
+    ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}),
+    ("model_index.json", {"unet": ["elsewhere", "Net"]})])
+def test_configurations_that_do_not_fit_are_refused(family_folders, tmp_path, file, changes):
+    folder = shutil.copytree(family_folders["sdxl"], tmp_path / "model")
+    path = folder / file
+    if path.is_dir():
+        (path,) = path.glob("*config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if changes == {"sample_size": None}:             # the pipeline's own default is 1024 pixels
+        assert Prior.from_pretrained(folder, "cpu", size=16).shape == (4, 8, 8)
+        return
+    with pytest.raises(UserError, match=str(folder)) as caught:
+        Prior.from_pretrained(folder, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_stored_in_half_precision_alone(family_folders, tmp_path):
+    """Some publishers store one part as *.fp16.safetensors only, and others whole."""
+    folder = shutil.copytree(family_folders["sdxl"], tmp_path / "model")
+    (file,) = (folder / "unet").glob("*.safetensors")
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    whole = Prior.from_pretrained(family_folders["sdxl"], "cpu")
+    assert same(Prior.from_pretrained(folder, "cpu").network.state_dict(),
+                whole.network.state_dict())
+
+
+def test_one_file_holds_all_parts(tmp_path, monkeypatch, no_network):  # noqa: F811
+    """The file's layout is diffusers' business; that it is asked rightly, ours."""
+    from diffusers import StableDiffusionPipeline
+    file, asked = tmp_path / "model.safetensors", {}
+    save_file({"w": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="--config"):
+        Prior.from_pretrained(file, "cpu")
+    pipe = make.load_pipeline(make.HERE / "sd", "cpu")
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file",
+                        lambda path, **kwargs: asked.update(kwargs, path=path) or pipe)
+    prior = Prior.from_pretrained(file, "cpu", config=make.HERE / "sd")
+    assert asked["path"] == str(file) and asked["local_files_only"] and no_network == []
+    assert prior.shape == (4, 16, 16)
+
+
+# -------------------------------------------------------------------- a flow prior that is exact
+class AsFlow(nn.Module):
+    """tiny/sd as a flow transformer: at VP level (α, σ) it is one at σ' = σ/(α + σ) of
+    x' = x/(α + σ), and its velocity is u = ε − x̂0."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.unet, self.alphas, self.sigmas = prior.network, prior.alphas, prior.sigmas
+        self.register_buffer("levels", prior.sigmas / (prior.alphas + prior.sigmas))
+        self.config = SimpleNamespace(in_channels=prior.shape[0],
+                                      get=lambda name: prior.shape[1:])
+    device, dtype = property(lambda self: self.unet.device), property(lambda self: self.unet.dtype)
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, pooled_projections):
+        t = (timestep[:, None] / 1000 - self.levels).abs().argmin(1)
+        alpha, sigma = (v[t][:, None, None, None] for v in (self.alphas, self.sigmas))
+        x = hidden_states * (alpha + sigma)
+        eps = self.unet(x, t, encoder_hidden_states).sample
+        return SimpleNamespace(sample=eps - (x - sigma * eps) / alpha)
+
+
+@pytest.fixture(scope="module")
+def doors():
+    """(tiny/sd, the same as a flow model): two Priors."""
+    tiny = Prior.from_pretrained("tiny-sd", "cpu")
+    kind = type("StableDiffusion3Pipeline", (), {
+        "encode_prompt": lambda self, prompt, **kwargs: (
+            tiny.encode_text([prompt]), None, torch.zeros(1, 3), None)})
+    pipe = kind()
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    pipe.__dict__.update(transformer=AsFlow(tiny), vae=tiny.vae, tokenizer=tiny.pipe.tokenizer,
+                         text_encoder=tiny.pipe.text_encoder, components={},
+                         scheduler=FlowMatchEulerDiscreteScheduler())
+    flow = Prior(pipe, "tiny-flow")
+    flow.sigmas = tiny.sigmas / (tiny.alphas + tiny.sigmas)
+    flow.alphas = 1 - flow.sigmas
+    return tiny, flow
+
+
+@pytest.mark.parametrize("method", ["sds", "vsd", "asd"])
+def test_eq7_is_the_same_through_the_flow_door(doors, method):
+    """ε(x'; y, t) of the flow model is ε(x; y, t), so Eq. 7's bracket is too, at every t."""
+    x0, eps = torch.randn(2, 12, 4, 16, 16, generator=rng())
+    t = torch.linspace(20, 980, 12).long()
+    grads = []
+    for prior in doors:
+        y, null = (prior.encode_text([text]).expand(12, -1, -1) for text in ("a red apple", ""))
+        x_t = asd.add_noise(x0, eps, *prior.alpha_sigma(t))
+        phi = asd.METHODS[method].phi(prior)
+        if isinstance(phi, LoRAPhi):
+            for name, p in trainable(phi).items():
+                draw = rng(len(name.split("unet.")[-1].removeprefix("network.")))
+                p.data = 0.1 * torch.randn(p.shape, generator=draw)
+        with torch.no_grad():
+            of_phi = phi(x_t, t, y, eps)
+            grads.append(asd.generator_grad(prior.eps(x_t, t, null), prior.eps(x_t, t, y), of_phi,
+                                            7.5))
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4 * grads[0].abs().max().item())
+
+
+@pytest.mark.parametrize("method", ["sds", "asd"])
+def test_distill_takes_the_same_way_through_the_flow_door(doors, method):
+    """The same seed, the same draws: x0 after some steps is the same up to rounding."""
+    ends = []
+    for prior in doors:
+        theta = Latents(prior, 1, rng(3))
+        row = replace(asd.METHODS[method], steps=8, optimizer="sgd", lr=1e-3, phi_lr=1e-4)
+        asd.distill(prior, theta, prior.encode_text(["a red apple"]), row)
+        ends.append(theta().detach())
+    moved = (ends[0] - torch.randn(1, 4, 16, 16, generator=rng(3))).abs().max()
+    assert moved > 1e-2 and (ends[0] - ends[1]).abs().max() < 1e-3 * moved
+
+
+# --------------------------------------------------------------------------------- command line
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2"])
+def test_a_run_of_every_family(family_folders, name, tmp_path, monkeypatch, capsys):
+    """It runs, resumes bit-identically and saves a φ that the pipeline takes."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(family_folders[name]), "--size", "16", "--device", "cpu"]
+    start = ["--prompt", PROMPT, "--save-every", "1", *model]
+    assert asd.main([*start, "--steps", "3", "--out", "whole"]) == 0
+    assert asd.main([*start, "--steps", "2", "--out", "parts", "--t-late", "0"]) == 0
+    capsys.readouterr()
+    assert asd.main(["--resume", "whole", "--steps", "4"]) == 0
+    for file in ("final.png", "progress.png", "phi/pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "whole" / file).exists()
+    pipe = pipeline(family_folders[name])
+    pipe.load_lora_weights(tmp_path / "whole" / "phi")
+
