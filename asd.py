@@ -226,6 +226,7 @@ OMEGAS = {
     "1": lambda alpha_t, sigma_t: torch.ones_like(sigma_t),
     "sigma/alpha": lambda alpha_t, sigma_t: sigma_t / alpha_t,   # ASD's Gaussian-splatting setting
     "sigma*alpha": lambda alpha_t, sigma_t: sigma_t * alpha_t,
+    "1/alpha": lambda alpha_t, sigma_t: 1 / alpha_t,        # flow: what RFDS calls the weight 1
 }
 
 
@@ -328,18 +329,18 @@ class State:
         return named
 
     def load_tensors(self, named, step):
-        """The inverse of tensors(); raises KeyError or RuntimeError where they do not fit."""
+        """The inverse of tensors(); KeyError, ValueError, RuntimeError if they do not fit."""
+        def kept(name, like):
+            if (named[name].shape, named[name].dtype) != (like.shape, like.dtype):
+                raise ValueError(f"{name} has another shape or type")
+            return named[name].to(like.device, copy=True)
         for name, tensor, optimizer in self.parts():
-            if tensor.shape != named[name].shape:
-                raise RuntimeError(f"{name} has another shape")
-            with torch.no_grad():
-                tensor.copy_(named[name])
+            tensor.data.copy_(kept(name, tensor))
             if f"{name}.step" in named:           # no gradient yet: no state
-                device = tensor.device if optimizer.defaults.get("fused") else "cpu"
-                optimizer.state[tensor] = {"step": named[f"{name}.step"].to(device, copy=True)} | {
-                    key: named[f"{name}.{key}"].to(tensor.device, copy=True)
-                    for key in ("exp_avg", "exp_avg_sq")}
-        self.rng.set_state(named["rng"])
+                count = tensor.new_zeros(()) if optimizer.defaults.get("fused") else torch.zeros(())
+                optimizer.state[tensor] = {key: kept(f"{name}.{key}", like) for key, like in (
+                    ("step", count), ("exp_avg", tensor), ("exp_avg_sq", tensor))}
+        self.rng.set_state(kept("rng", self.rng.get_state()))
         self.step, self.eps, self.real = step, named.get("eps"), named.get("real")
 
 

@@ -7,11 +7,12 @@ A run lives in one folder: config.json (every setting), metrics.jsonl (a line pe
 checkpoint.safetensors (θ, φ, both optimisers, the state of the generator of randomness, the step,
 the frames of the film), and at the end final.png, progress.png and phi/. What a run goes on from is
 written beside its place and moved into it when it is whole, so that a run killed at any moment can
-be resumed; on the CPU the resumed run ends in the same bits. A user's mistake is one line and exit
-status 2.
+be resumed; on the CPU it ends in the same bits. A user's mistake is one line and exit status 2.
 """
 import argparse
+import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -30,30 +31,104 @@ from safetensors import SafetensorError
 from prior import Prior, UserError
 
 
+# ------------------------------------------------------------- what all commands read, and print
 class Parser(argparse.ArgumentParser):
-    """Errors on one line; −1e-2 is a number, not a flag."""
+    """Errors on one line; −1e-2 is a number, not a flag; words are valid text."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for word in args:                  # bytes that are not UTF-8 arrive as lone surrogates
+            if re.search("[\0\ud800-\udfff]", word):
+                self.error(f"{word!r} is not valid text (UTF-8)")
+        return super().parse_args(args, namespace)
+
     def error(self, message):
-        print(f"{self.prog}: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(say(self.prog, f"{message} (--help lists the options)"))
 
 
-def number(kind, low=-math.inf, high=None):
-    """An argparse type: a finite number of `kind` in [low, high]; integers end at 10⁹."""
-    high = (10 ** 9 if kind is int else math.inf) if high is None else high
+def number(kind, low=-1e30, high=None):
+    """An argparse type: a number of `kind` in [low, high]; integers end at 10⁹, others at 10³⁰."""
+    high = (10 ** 9 if kind is int else 1e30) if high is None else high
 
     def convert(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f" in [{low:g}, {high:g}]" if low > -math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number{bounds}")
+        if not low <= value <= high:                                       # nan, too
+            raise argparse.ArgumentTypeError(
+                f"{text} is not a finite number in [{low:g}, {high:g}]")
         return value
-    convert.__name__ = kind.__name__
+    convert.__name__, convert.kinds = kind.__name__, {int, kind}         # kinds: in config.json
     return convert
+
+
+def regular(path):
+    """The Path, to be read. UserError where it is a FIFO or a device, which may never end."""
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder")
+    return path
+
+
+def read_text(path):
+    """What a text file holds. UserError where that is no text, OSError where it is not there."""
+    try:
+        return regular(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def place(text):
+    """An argparse type: a file or folder, to be found from any directory; a name as it is."""
+    there = text not in ("", "tiny-sd") and regular(text).exists()
+    return str(Path(text).resolve()) if there else text
+
+
+def say(name, message):
+    """One line on stderr, at most 300 characters, all of them printable. -> a mistake's status."""
+    line = f"{name}: {' '.join(str(message).split())}"
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    print(line if len(line) <= 300 else f"{line[:180]} ... {line[-115:]}", file=sys.stderr)
+    return 2
+
+
+class Forgiving:
+    """A stream; what it does not take, on a full disk, is lost, and no error."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        def attempt(*text):
+            with suppress(OSError):
+                getattr(self.stream, name)(*text)
+        return attempt if name in ("write", "flush") else getattr(self.stream, name)
+
+
+def guarded(name, work, less="--micro-batch 1, --checkpointing or less at once", go_on=str):
+    """work(), all of a command -> exit status; mistakes are one line. go_on(): after Ctrl-C."""
+    with redirect_stderr(Forgiving(sys.stderr)):
+        if hasattr(sys.stdout, "reconfigure"):       # letters that a terminal does not have
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            work()
+            sys.stdout.flush()
+        except (UserError, FloatingPointError, OSError, SafetensorError, ImportError,
+                Warning) as mistake:
+            mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""
+            return say(name, f"{str(mistake).strip() or type(mistake).__name__}{mend}")
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
+                    and not re.search("DefaultCPUAllocator|ation overflow", str(error)):
+                raise
+            return say(name, f"out of memory: try {less}")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            say(name, f"stopped{go_on()}")
+            return 130
+    return 0
 
 
 # ------------------------------------------------------------------------------ what a command is
@@ -61,9 +136,9 @@ def picture_flags(add):
     """The flags of a command that makes pictures of its prompts."""
     add("--prompt", action="append", metavar="TEXT", help="what to make; repeat for several")
     add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
-    add("--init", metavar="PNG", help="start from this picture, not from noise")
+    add("--init", type=place, metavar="PNG", help="start from this picture, not from noise")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
-    add("--real", metavar="PNG_OR_DIR", help="real pictures of the prompt: φ learns by Eq. 9")
+    add("--real", type=place, metavar="PNG_OR_DIR", help="real pictures: φ learns by Eq. 9")
 
 
 def final_picture(folder, settings, prior, state):
@@ -86,8 +161,8 @@ class Command:
     loop: Callable                # (prior, generator, cond, method, state=…, micro_batch, callback)
     default: str | None = "asd"   # the method that is taken where none is given
     add_flags: Callable = picture_flags     # (add): its own, as argparse's add_argument
-    defaults: dict = field(default_factory=lambda: {
-        "particles": 1, "init": None, "pixels": False, "real": None})   # of flags not in a row
+    defaults: dict = field(default_factory=lambda: {                    # of flags not in a row
+        "prompt": None, "particles": 1, "init": None, "pixels": False, "real": None})
     options: tuple = ()           # those of them that only some φ take; their default is None
     prompts: Callable = lambda settings: settings.get("prompt") or [""]     # names the folder
     check: Callable = lambda settings: None          # raises UserError; nothing is loaded yet
@@ -105,8 +180,8 @@ class Command:
 
 
 def takes(phi):
-    """What the maker of a φ may be told beside prior and prompts: names."""
-    return list(inspect.signature(phi).parameters)[2:]
+    """What the maker of a φ may be told beside prior and prompts: names. (--init is a picture.)"""
+    return [name for name in list(inspect.signature(phi).parameters)[2:] if name != "init"]
 
 
 def told(settings, phi):
@@ -124,18 +199,18 @@ def make_parser(command):
         f"{command.default or 'none'})")
     add("--phi", choices=[name for name in command.phis if name not in methods],
         help="what predicts ε_φ")
-    add("--model", help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
+    add("--model", type=place, help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
     add("--lam", type=some, help="λ, guidance (default 7.5)")
     add("--gamma", type=some, help="γ of Eqs. 9 and 10 (asd: default -1, in 3D -0.5; vsd: 0)")
     add("--eta", type=number(float, 0), help="η of Eq. 9, with --real (default 0.5)")
     add("--steps", type=number(int, 1), help="updates of θ (default 350; editing: 60; 3D: 600)")
-    add("--lr", type=number(float, 0, 1e30), help="learning rate for θ (default 0.01; editing: "
+    add("--lr", type=number(float, 0), help="learning rate for θ (default 0.01; editing: "
         "0.03; 3D: 0.02)")
-    add("--lr-end", type=number(float, 0, 1e30), help="it falls to this part of --lr "
+    add("--lr-end", type=number(float, 0, 1e6), help="it falls to this part of --lr "
         "(default 1; 3D: 0.05)")
     add("--optimizer", choices=list(command.choices["optimizer"]),
         help="of θ (default adam; editing: sgd)")
-    add("--phi-lr", type=number(float, 0, 1e30), help="AdamW's for φ (default 1e-3)")
+    add("--phi-lr", type=number(float, 0), help="AdamW's for φ (default 1e-3)")
     add("--omega", choices=list(command.choices["omega"]),
         help="ω(t) (default 1; editing, 3D: sigma2)")
     add("--t-min", type=number(float, 0, 1), help="least t for θ, a fraction of T (default 0.02)")
@@ -174,33 +249,56 @@ def read_settings(given, command):
     resume, out = given.pop("resume", None), given.pop("out", None)
     if resume is not None:
         return resumed_settings(given, out, Path(resume), command), Path(resume), True
-    methods, name = command.methods, given.get("method", command.default)
-    if name not in methods:
+    settings = usual(given.get("method", command.default), command) | given
+    check(settings, command)
+    name = re.sub(r"[^a-z0-9]+", "-", command.prompts(settings)[0].lower()).strip("-")[:40]
+    folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
+    if out is None:                    # an earlier run of the same name is kept
+        tries = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
+        folder = next(f for f in itertools.chain([folder], tries) if claimed(f, settings, command))
+    elif not claimed(folder, settings, command):
+        run = (folder / "config.json").exists()
+        raise UserError(f"{folder} {'already holds a run (--resume it)' if run else 'is not empty'}"
+                        ": choose another --out, as nothing is written over")
+    return settings, folder, False
+
+
+def usual(name, command):
+    """All settings of a method that is told nothing. UserError where it is not the command's."""
+    if name not in command.methods:
         wrong = f"unknown method {name!r}: choose" if name else "give a --method,"
-        raise UserError(f"{wrong} one of {', '.join(methods)}")
-    settings = DEFAULTS | dict.fromkeys(command.options) | command.defaults \
-        | asdict(methods[name]) | {"method": name, "phi": command.phi_name(methods[name])} | given
+        raise UserError(f"{wrong} one of {', '.join(command.methods)}")
+    row = command.methods[name]
+    return DEFAULTS | dict.fromkeys(command.options) | command.defaults | asdict(row) | {
+        "method": name, "phi": command.phi_name(row)}
+
+
+def check(settings, command):
+    """What can be said of settings before anything is loaded or written. Raises UserError."""
     command.check(settings)
-    prompts = command.prompts(settings)
-    if not all(prompt.strip() for prompt in prompts):
+    if not all(prompt.strip() for prompt in command.prompts(settings)):
         raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
-    if any("\ud800" <= letter <= "\udfff" for letter in "".join(prompts)):
-        raise UserError("the prompt is not valid text (UTF-8)")
     late = settings["t_max_late"] if settings["t_late"] < 1 else 1.0
     if settings["t_min"] > min(settings["t_max"], late):
         raise UserError(f"--t-min {settings['t_min']} is above --t-max {settings['t_max']} "
                         f"or --t-max-late {settings['t_max_late']}")
-    check_phi(settings, command)
-    name = re.sub(r"[^a-z0-9]+", "-", prompts[0].lower()).strip("-")[:40]
-    folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
-    if out is None:                    # an earlier run of the same name is kept
-        tries = (folder.with_name(f"{folder.name}-{i}") for i in range(2, 10_000))
-        folder = next(f for f in (folder, *tries) if claimed(f, settings, command))
-    elif (folder / "config.json").exists():
-        raise UserError(f"{folder} already holds a run: --resume it, or choose another --out")
-    elif not claimed(folder, settings, command):
-        raise UserError(f"{folder} is not empty: choose another --out, as nothing is written over")
-    return settings, folder, False
+    # --phi, and what only some φ are told
+    method, phi = settings["method"], settings["phi"]
+    own, trained = command.methods[method].phi, type(command.methods[method])().phi
+    chosen, called = command.phis[phi], next(k for k, v in command.phis.items() if v is trained)
+    if chosen is not own is not trained:
+        raise UserError(f"--method {method} is its φ: drop --phi {phi}")
+    others = [name for name, row in command.methods.items() if row.phi is chosen is not own]
+    if others:
+        raise UserError(f"--phi {phi} is --method {others[0]}; {method} needs one to train")
+    if settings["lam_phi"] != 1 and chosen is not trained:
+        raise UserError("--lam-phi is guidance inside a trained φ that is told y or ∅: "
+                        f"--phi {called}")
+    for option in command.options:
+        if settings[option] is not None and option not in takes(chosen):
+            whose = [name for name, maker in command.phis.items() if option in takes(maker)]
+            of = "--method" if whose[0] in command.methods else "--phi"
+            raise UserError(f"--{option.replace('_', '-')} is for {of} {' or '.join(whose)}")
 
 
 def claimed(folder, settings, command):
@@ -225,47 +323,49 @@ def unclaim(folder):
                 path.rmdir()
 
 
-def check_phi(settings, command):
-    """--phi, and what only some φ are told: UserError where they do not belong to the method."""
-    method, phi = settings["method"], settings["phi"]
-    own, trained = command.methods[method].phi, type(command.methods[method])().phi
-    chosen, called = command.phis[phi], next(k for k, v in command.phis.items() if v is trained)
-    if chosen is not own is not trained:
-        raise UserError(f"--method {method} is its φ: drop --phi {phi}")
-    others = [name for name, row in command.methods.items() if row.phi is chosen is not own]
-    if others:
-        raise UserError(f"--phi {phi} is --method {others[0]}; {method} needs one to train")
-    if settings["lam_phi"] != 1 and chosen is not trained:
-        raise UserError("--lam-phi is guidance inside a trained φ that is told y or ∅: "
-                        f"--phi {called}")
-    for option in command.options:
-        if settings[option] is not None and option not in takes(chosen):
-            whose = [name for name, maker in command.phis.items() if option in takes(maker)]
-            of = "--method" if whose[0] in command.methods else "--phi"
-            raise UserError(f"--{option.replace('_', '-')} is for {of} {' or '.join(whose)}")
-
-
 def resumed_settings(given, out, folder, command):
     """The settings of the run in `folder`; of those given, only MAY_CHANGE may be others."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        settings, made_by = dict(config["settings"]), config.get("program", command.name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no run to resume: config.json cannot be read "
-                        f"({type(error).__name__})") from error
-    if made_by != command.name:
-        raise UserError(f"{folder} holds a run of {made_by}: resume it with that")
+        config = json.loads(read_text(folder / "config.json"))
+        made_by = config.get("program", command.name)
+        if made_by != command.name:
+            raise UserError(f"it is a run of {made_by}: resume it with that")
+        settings = told_again(config["settings"], command)
+    except Exception as error:              # such JSON may be anything
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{folder} holds no run to resume: config.json: {reason}") from error
     changed = [k for k, v in given.items() if k not in MAY_CHANGE and settings.get(k) != v]
     if out is not None or changed:
         flags = ["--" + key.replace("_", "-") for key in changed] or ["--out"]
         raise UserError(f"a resumed run keeps its settings: drop {', '.join(flags)}")
-    settings = DEFAULTS | dict.fromkeys(command.options) | command.defaults | settings | given
-    try:
-        command.row(settings)
-        command.check(settings)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no run to resume: config.json lacks {error}") from error
-    return settings
+    check(settings | given, command)
+    return settings | given
+
+
+def told_again(stored, command):
+    """Stored settings, told the parser once more: UserError for what a flag would not take."""
+    def refuse(message):
+        raise UserError(message)
+    parser, words = make_parser(command), []
+    parser.error = refuse
+    settings = usual(str(stored["method"]), command)
+    row = asdict(command.methods[stored["method"]])
+    for action in parser._actions:
+        key, flag, default = action.dest, action.option_strings[0], settings.get(action.dest)
+        value = stored[key] if key in row else stored.get(key, default)
+        if key not in settings or (value == default and type(value) is type(default)):
+            continue
+        kinds = getattr(action.type, "kinds", {bool} if action.nargs == 0 else {str})
+        many = action.nargs == 2 or isinstance(action, argparse._AppendAction)
+        parts = value if many and isinstance(value, list) else [value]
+        if not {type(part) for part in parts} <= kinds:
+            refuse(f"{flag} cannot be {json.dumps(value)}")
+        if kinds == {bool}:
+            words.append(action.option_strings[0 if value else -1])
+        else:
+            words += [flag, *map(str, parts)] if action.nargs else [f"{flag}={x}" for x in parts]
+    return settings | {key: value for key, value in vars(parser.parse_args(words)).items()
+                       if key in settings and value is not None}
 
 
 # -------------------------------------------------------------------------------- files, pictures
@@ -293,12 +393,13 @@ def read_image(path, size, ground="white"):
     """
     import numpy as np
     from PIL import Image, ImageOps
+    regular(path)
     try:
         picture = ImageOps.exif_transpose(Image.open(path))       # as cameras turn them
         if picture.mode.startswith("I"):          # 16-bit grey, which convert() would clip
             picture = Image.fromarray((np.array(picture) / 257).round().astype("uint8"))
         picture = picture.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:              # each format has others
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__})") from error
     ground = Image.new("RGBA", picture.size, ground)
     picture = Image.alpha_composite(ground, picture).convert("RGB")
@@ -347,36 +448,63 @@ def picture_measures(images):
 
 
 # ------------------------------------------------------------------------------------- the run
-def save_checkpoint(path, state, frames):
-    """All that a run needs to go on, in one safetensors file."""
+def digest(named, *about):
+    """What tensors {name: tensor} and other things hold, names and shapes too: 64 digits."""
+    found = hashlib.sha256(repr(about).encode())
+    for name, tensor in sorted(named.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def fingerprint(prior):
+    """Of the prior's weights, in whatever dtype they were loaded."""
+    def some(weight):                    # of a large one every n-th number: another model differs
+        return weight.detach().flatten()[::1 + weight.numel() // 2 ** 16].bfloat16()
+    return digest({f"{part}.{name}": some(weight)
+                   for part, module in prior.pipe.components.items()
+                   if isinstance(module, torch.nn.Module)
+                   for name, weight in module.named_parameters()})
+
+
+def save_checkpoint(path, state, frames, weights):
+    """All that a run needs to go on, in one safetensors file. weights: the prior's fingerprint."""
     from safetensors.torch import save
     tensors = state.tensors() | {f"frame.{step}": frame for step, frame in frames.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = save(tensors, {"format": "asd checkpoint 1", "step": str(state.step)})
+    about = {"step": str(state.step), "weights": weights}
+    about |= {"format": "asd checkpoint 1", "digest": digest(tensors, *about.values())}
     with moved_into(path) as temporary:
-        temporary.write_bytes(data)
+        temporary.write_bytes(save(tensors, about))
 
 
-def load_checkpoint(path, state):
-    """Restore `state`; -> {step: frame}. Raises UserError for a corrupt or foreign file."""
+def load_checkpoint(path, state, weights):
+    """Restore `state`; -> {step: frame}. UserError for a corrupt or foreign file, another prior."""
     from safetensors import safe_open
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular(path), "pt") as file:
             about = file.metadata() or {}
             named = {name: file.get_tensor(name) for name in file.keys()}
         if about.get("format") != "asd checkpoint 1":
             raise ValueError("not a checkpoint of this program")
+        if about.get("digest") != digest(named, about["step"], about["weights"]):
+            raise ValueError("it is not as it was written")
+        if about["weights"] != weights:
+            raise ValueError("it was made with other weights than the model has now")
+        if not all(x.isfinite().all() for x in named.values() if x.is_floating_point()):
+            raise ValueError("it is not finite")
         state.load_tensors(named, int(about["step"]))
     except Exception as error:
         raise UserError(f"{path} cannot be resumed: {type(error).__name__}: {error}") from error
-    return {int(name.split(".")[1]): value for name, value in named.items() if "frame." in name}
+    return {int(name[6:]): value for name, value in named.items() if name.startswith("frame.")}
 
 
 def usable(device):
-    """A --device, checked; None or "auto" is cuda where there is one. UserError where it cannot be.
-    """
+    """A --device, checked; None or "auto": cuda where there is one. Raises UserError."""
     if device in (None, "auto"):
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise UserError(f"--device {device} is none of cpu, cuda, cuda:1, …")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -386,9 +514,10 @@ def usable(device):
 
 
 def set_up(command, settings, folder, checkpoint=None):
-    """settings -> (prior, cond, method, state, frames), from a checkpoint where one is given."""
+    """settings -> (prior, its fingerprint, y, method, state, frames), from a checkpoint or new."""
     dtype = None if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
     prior = Prior.from_pretrained(settings["model"], usable(settings["device"]), dtype)
+    weights = fingerprint(prior)
     method, rng = command.row(settings), torch.Generator().manual_seed(settings["seed"])
     try:
         state, cond = command.build(settings, prior, method, rng, folder, checkpoint is None)
@@ -397,9 +526,9 @@ def set_up(command, settings, folder, checkpoint=None):
     asked = [*command.prompts(settings), *getattr(state.phi, "texts", [])]
     unknown = sorted({word for text in asked for word in prior.unknown_words(text)})
     if unknown:
-        print(f"{command.name}: {prior.name} has never seen: {', '.join(unknown)}", file=sys.stderr)
-    frames = load_checkpoint(checkpoint, state) if checkpoint else {}
-    return prior, cond, method, state, frames
+        say(command.name, f"{prior.name} has never seen: {', '.join(unknown)}")
+    frames = load_checkpoint(checkpoint, state, weights) if checkpoint else {}
+    return prior, weights, cond, method, state, frames
 
 
 def run(command, settings, folder, resumed):
@@ -409,14 +538,14 @@ def run(command, settings, folder, resumed):
     # a run that was stopped before its first checkpoint starts anew
     going_on = checkpoint if resumed and checkpoint.exists() else None
     try:
-        prior, cond, method, state, frames = set_up(command, settings, folder, going_on)
+        prior, weights, cond, method, state, frames = set_up(command, settings, folder, going_on)
     except BaseException:
         if not resumed:
             unclaim(folder)
         raise
     if state.step > method.steps:
         raise UserError(f"{folder} has {state.step} steps already: --steps {method.steps} is less")
-    lines = metrics.read_text("utf-8").splitlines() if going_on and metrics.exists() else []
+    lines = read_text(metrics).splitlines() if going_on and metrics.exists() else []
     write_text(metrics, "".join(line + "\n" for line in lines[:state.step]))
     write_text(folder / "config.json", json.dumps(
         {"program": command.name, "settings": settings, "python": platform.python_version(),
@@ -437,7 +566,7 @@ def run(command, settings, folder, resumed):
         log.write(json.dumps(row) + "\n")
         log.flush()
         if state.step % settings["save_every"] == 0 or state.step == method.steps:
-            save_checkpoint(checkpoint, state, frames)
+            save_checkpoint(checkpoint, state, frames, weights)
         bar.update()
         bar.set_postfix(loss_G=f"{terms['loss_G']:.2f}", loss_D=f"{terms['loss_D']:.1f}",
                         ms=f"{1000 * terms['seconds']:.0f}")
@@ -459,25 +588,13 @@ def run(command, settings, folder, resumed):
 
 def main(command, argv=None):
     """The command line of a Command. -> exit status."""
-    folder, name = None, command.name
-    try:
-        settings, folder, resumed = read_settings(vars(make_parser(command).parse_args(argv)),
-                                                  command)
+    folder = None
+
+    def work():
+        nonlocal folder
+        given = vars(make_parser(command).parse_args(argv))
+        settings, folder, resumed = read_settings(given, command)
         run(command, settings, folder, resumed)
-    except (UserError, FloatingPointError, OSError, SafetensorError, ImportError) as mistake:
-        mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""
-        print(f"{name}: {' '.join(str(mistake).split()) or type(mistake).__name__}{mend}",
-              file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
-                and "DefaultCPUAllocator" not in str(error):
-            raise
-        print(f"{name}: out of memory: try --micro-batch 1, --checkpointing or less at once",
-              file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        held = folder is not None and (folder / "config.json").exists()
-        print(f"\n{name}: stopped" + f"; go on with --resume {folder}" * held, file=sys.stderr)
-        return 130
-    return 0
+
+    return guarded(command.name, work, go_on=lambda: f"; go on with --resume {folder}" * (
+        folder is not None and (folder / "config.json").exists()))

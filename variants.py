@@ -463,7 +463,7 @@ def main(argv=None):
         "Distillation. To train what LMC-SDS needs: train-corrective --help.",
         METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill, default=None,
         add_flags=add_flags, options=OPTIONS, check=check, defaults={
-            "particles": 1, "init": None, "pixels": False, "real": None,
+            "prompt": None, "particles": 1, "init": None, "pixels": False, "real": None,
             "generator": "latents"}), given)
 
 
