@@ -1,10 +1,13 @@
 """The command line: what a run leaves behind, going on after any interruption, users' mistakes.
 
 main() is called in this process; the runs that are killed are processes of their own, ASD_KILLS of
-them (default 3).  The model is test_distill.py's tiny one; the last test uses tiny/sd.
+them (default 3; of 30, every other one is killed while a checkpoint is written).  The model is
+test_distill.py's tiny one; the last test uses tiny/sd.
 """
 import functools
+import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -89,8 +92,8 @@ def same_run(a, b):
     assert contents(a).keys() == contents(b).keys()
     one, two = checkpoint(a), checkpoint(b)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    for path in ("final.png", "progress.png"):
-        assert (a / path).read_bytes() == (b / path).read_bytes()
+    for path in a.glob("*.png"):
+        assert path.read_bytes() == (b / path.name).read_bytes()
     for path in a.glob("phi/*"):
         one, two = load_file(path), load_file(b / "phi" / path.name)
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -389,35 +392,70 @@ def test_a_run_starts_from_the_picture(cli):
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "PIL.Image"])
-KINDS = [["--method", "asd"], ["--method", "vsd", "--phi", "embedding", "--share-noise"],
-         ["--method", "asd", "--pixels", "--particles", "2"], ["--method", "sds"]]
+PICTURE, EDIT, MUG = ("--prompt", "a red apple"), (
+    "--image", "a.png", "--source", "a red apple", "--target", "a blue fox"), (
+    "--prompt", "a red mug", "--samples", "4", "--resolution", "4", "8")
+TO_BE_KILLED = [
+    ("asd", *PICTURE), ("editing", *EDIT), ("text_to_3d", *MUG),
+    ("asd", *PICTURE, "--method", "vsd", "--phi", "embedding", "--share-noise"),
+    ("editing", *EDIT, "--method", "dds", "--pixels"),
+    ("text_to_3d", *MUG, "--method", "vsd", "--background", "random"),
+    ("asd", *PICTURE, "--pixels", "--particles", "2"),
+    ("editing", *EDIT[2:], "--network", "--pictures", "3", "--batch", "2"),
+    ("text_to_3d", *MUG, "--method", "sds")]
 
 
-def command(argv, log):
-    """The command line in a process of its own, its stderr in a file."""
+def cheaper(patch):
+    """What a run in 3D is measured by, and leaves behind, left out."""
+    text_to_3d = importlib.import_module("text_to_3d")
+    patch(text_to_3d, "view_scores", lambda *_: {})
+    patch(text_to_3d, "write_all", lambda folder, *_: folder / "progress.png")
+
+
+def command(name, argv, log, moment):
+    """A command line in a process of its own, its stderr in a file. moment = (n, part): killed
+    where it is writing its n-th checkpoint, when this part of it is on the disk; or None."""
     sys.stdout = sys.stderr = open(log, "w")
-    sys.exit(asd.main(argv))
+    replace, checkpoints = os.replace, itertools.count(1)
+
+    def dying(source, target):
+        if Path(target).name == "checkpoint.safetensors" and next(checkpoints) == moment[0]:
+            os.truncate(source, int(moment[1] * os.path.getsize(source)))
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    if moment:
+        os.replace = dying
+    cheaper(setattr)
+    sys.exit(importlib.import_module(name).main(argv))
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_a_killed_run_goes_on_bit_for_bit(cli, model, tmp_path, seed):
-    chance = random.Random(seed)
-    flags = ["--model", model, "--prompt", "a red apple", "--steps", "16", "--save-every", "2",
-             "--device", "cpu", "--seed", str(seed), *KINDS[seed % len(KINDS)]]
+def test_a_killed_run_goes_on_bit_for_bit(model, tmp_path, monkeypatch, seed):
+    """Every other one while a checkpoint is written, the others at any moment."""
+    monkeypatch.chdir(tmp_path)
+    cheaper(monkeypatch.setattr)
+    Image.effect_noise((16, 16), 99).convert("RGB").save("a.png")
+    chance, (name, *flags) = random.Random(seed), TO_BE_KILLED[seed % len(TO_BE_KILLED)]
+    flags += ["--model", model, "--steps", "16", "--save-every", "2", "--device", "cpu",
+              "--seed", str(seed)]
+    moment = (chance.randint(1, 8), chance.choice([0, chance.random(), 1])) if seed % 2 else None
     process = SERVER.Process(target=command, args=(
-        [*flags, "--out", str(tmp_path / "killed")], str(tmp_path / "log")))
+        name, [*flags, "--out", str(tmp_path / "killed")], str(tmp_path / "log"), moment))
     process.start()
-    wanted, lines, log = chance.randint(0, 11), 0, Path("killed/metrics.jsonl")
-    while lines < wanted or not Path("killed/config.json").exists():
-        lines = log.read_bytes().count(b"\n") if log.exists() else 0
-        assert process.exitcode is None, (tmp_path / "log").read_text()[-900:]
-        time.sleep(0.001)
-    time.sleep(chance.uniform(0, 0.05))
-    process.kill()
+    if moment is None:
+        wanted, lines, log = chance.randint(0, 11), 0, Path("killed/metrics.jsonl")
+        while lines < wanted or not Path("killed/config.json").exists():
+            lines = log.read_bytes().count(b"\n") if log.exists() else 0
+            assert process.exitcode is None, (tmp_path / "log").read_text()[-900:]
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))
+        process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL and not Path("killed/final.png").exists()
-    assert cli("--resume", "killed")[0] == 0
-    assert cli(*flags, "--out", "whole")[0] == 0
+    assert process.exitcode == -signal.SIGKILL and not Path("killed/progress.png").exists(), \
+        (tmp_path / "log").read_text()[-900:]
+    assert Path("killed/checkpoint.safetensors.tmp").exists() or moment is None
+    main = importlib.import_module(name).main
+    assert main(["--resume", "killed"]) == main([*flags, "--out", "whole"]) == 0
     same_run("whole", "killed")
 
 
