@@ -154,11 +154,13 @@ DEFAULTS = {"image": None, "source": None, "target": None, "pixels": False, "mas
 def add_flags(add):
     import translation
     import variants
-    add("--image", metavar="PNG", help="the picture to edit; with --network a folder of them")
+    from runs import place
+    add("--image", type=place, metavar="PNG", help="the picture to edit; with --network "
+        "a folder of them")
     add("--source", metavar="TEXT", help="z: what the picture is")
     add("--target", metavar="TEXT", help="y: what it should become")
-    add("--mask", metavar="PNG", help="white where it may change, not where it is black "
-        "or transparent; as large as the picture")
+    add("--mask", type=place, metavar="PNG", help="white where it may change, not where it is "
+        "black or transparent; as large as the picture")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
     add("--phi-z", choices=["eq9", "swapped", "both", "eq10", "none"], help="how φ_z learns: by "
         "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by "

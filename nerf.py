@@ -375,19 +375,23 @@ class Posed(NamedTuple):
 
 
 def read_transforms(path, size):
-    """A transforms*.json of Blender/NeRF-synthetic -> Posed at `size` pixels high.
-
-    Raises ValueError where the file, a picture or a field of it cannot be used.
+    """A transforms*.json of Blender/NeRF-synthetic -> Posed at `size` pixels high. ValueError where
+    the file, a picture or a field of it cannot be used.
     """
     import numpy as np
     from PIL import Image
+
+    def there(file):
+        if not file.is_file():                # a FIFO would never end
+            raise FileNotFoundError(f"{file} is no file")
+        return file
     try:
-        about = json.loads(Path(path).read_text("utf-8"))
+        about = json.loads(there(Path(path)).read_text("utf-8"))
         pictures, matrices = [], []
         for frame in about["frames"]:
             file = Path(path).parent / frame["file_path"]
-            file = file if file.suffix else file.with_suffix(".png")
-            picture = Image.open(file).convert("RGBA")
+            picture = Image.open(there(file if file.suffix else file.with_suffix(".png")))
+            picture = picture.convert("RGBA")
             width = round(picture.width * size / picture.height)
             full = picture.height / picture.width
             pictures.append(np.asarray(picture.resize((width, size), Image.BOX)))
@@ -397,8 +401,7 @@ def read_transforms(path, size):
         rgba = torch.from_numpy(np.stack(pictures)).float() / 255
         c2w = torch.tensor(matrices, dtype=torch.float32).view(len(rgba), 4, 4)
         fovy = math.degrees(2 * math.atan(math.tan(angle / 2) * full))
-    except (OSError, ArithmeticError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError,
-            Image.DecompressionBombError) as error:
+    except Exception as error:                # each format has others
         raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
     return Posed(*rays(c2w, fovy, size, rgba.shape[2]), rgba[..., :3] * rgba[..., 3:], rgba[..., 3])
 
@@ -542,6 +545,9 @@ def run(args):
     import runs
     from tiny import solids
     folder = Path(args.scene)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 500 * (args.pictures + 8) * args.size ** 2 > memory:     # bytes, as measured
+        raise MemoryError
     nerf = NeRF(args.box or (1.5 if folder.is_dir() else 1.0), density="exp", blob=5.0,
                 blob_radius=0.6, view=args.view, kernels=args.kernels, seed=args.seed)
     nerf.to(runs.usable(args.device))
@@ -579,19 +585,11 @@ def main(argv=None):
     try:
         import runs
     except ModuleNotFoundError as error:
-        print(f"nerf.py: the command line needs {error.name}: copy runs.py, prior.py, export.py "
-              "and tiny/, and pip install -r requirements.txt", file=sys.stderr)
+        print(f"nerf.py: the command line needs {error.name}: copy all of the folder, and pip "
+              "install -r requirements.txt", file=sys.stderr)
         return 2
-    try:
-        run(make_parser().parse_args(argv))
-    except (runs.UserError, ValueError, OSError, RuntimeError, FloatingPointError) as mistake:
-        message, *_ = (str(mistake) or type(mistake).__name__).splitlines()
-        print(f"nerf.py: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nnerf.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return runs.guarded("nerf.py", lambda: run(make_parser().parse_args(argv)),
+                        "a smaller --size, --batch or --samples", mistakes=ValueError)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@
     python reproduce.py bridge         # figures/bridge.png: drawings made 3d renders
     python reproduce.py solids         # figures/solids.json: Table 1, 45 objects; hours
 """
-import argparse
 import contextlib
 import functools
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from conftest import GaussianMixture, particle_eps, randn
 from export import save_png, sheet
 from nerf import NeRF, orbit, rays, render, solid_pictures
 from prior import HERE, ddim_samples
-from runs import number, picture_measures, read_image, write_grid, write_text
+from runs import Parser, guarded, number, picture_measures, read_image, write_grid, write_text
 from tiny import corrective
 from tiny.corrective import fingerprint
 from tiny.data import articled
@@ -571,7 +571,7 @@ FLAGS = {"grid": {"part"}, "edit-table": {"part"}, "solids": {"part", "steps", "
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="reproduce.py", description="The paper's figures, in miniature.")
     parser.add_argument("figure", choices=list(FIGURES))
     parser.add_argument("--out", help="default: in figures/")
     parser.add_argument("--part", metavar="I/N", help="grid, tables, solids: one of N processes")
@@ -587,11 +587,13 @@ def main(argv=None):
     wrong = set(given) - FLAGS.get(figure, set())
     if wrong:
         parser.error(f"--{min(wrong)} is not for {figure}")
-    try:
+
+    def work():
         if FIGURES[figure](path, **given) is not False:
             print(path)
-    except asd.UserError as mistake:
-        parser.exit(2, f"reproduce.py: {mistake}\n")
+    status = guarded("reproduce.py", work, go_on=lambda: "; the same command goes on")
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

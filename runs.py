@@ -107,7 +107,7 @@ class Forgiving:
         return attempt if name in ("write", "flush") else getattr(self.stream, name)
 
 
-def guarded(name, work, less="--micro-batch 1, --checkpointing or less at once", go_on=str):
+def guarded(name, work, less="--micro-batch 1 or --checkpointing", go_on=str, mistakes=UserError):
     """work(), all of a command -> exit status; mistakes are one line. go_on(): after Ctrl-C."""
     with redirect_stderr(Forgiving(sys.stderr)):
         if hasattr(sys.stdout, "reconfigure"):       # letters that a terminal does not have
@@ -115,8 +115,8 @@ def guarded(name, work, less="--micro-batch 1, --checkpointing or less at once",
         try:
             work()
             sys.stdout.flush()
-        except (UserError, FloatingPointError, OSError, SafetensorError, ImportError,
-                Warning) as mistake:
+        except (UserError, FloatingPointError, OSError, SafetensorError, ImportError, Warning,
+                mistakes) as mistake:
             mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""
             return say(name, f"{str(mistake).strip() or type(mistake).__name__}{mend}")
         except (RuntimeError, MemoryError) as error:

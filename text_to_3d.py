@@ -174,11 +174,13 @@ def add_flags(add):
     add("--prompt", metavar="TEXT", help="what to make")
     add("--views", type=runs.number(int, 1), help="pictures per step (default 2)")
     add("--samples", type=runs.number(int, 2), help="along each ray (default 48)")
-    add("--elevation", type=some, nargs=2, help="degrees, least and largest (default 5 35)")
+    add("--elevation", type=runs.number(float, -90, 90), nargs=2,
+        help="degrees, least and largest (default 5 35)")
     add("--overhead", type=runs.number(float, 0, 1), help="the part seen from above "
         "(default 0.125)")
-    add("--distance", type=runs.number(float, 1e-3), nargs=2, help="of the camera (2.75 3.1)")
-    add("--azimuth", type=some, nargs=2, help="degrees, 0 is the front (default -180 180)")
+    add("--distance", type=runs.number(float, 1e-3, 1e6), nargs=2, help="of the camera (2.75 3.1)")
+    add("--azimuth", type=runs.number(float, -1e6, 1e6), nargs=2,
+        help="degrees, 0 is the front (default -180 180)")
     add("--fovy", type=runs.number(float, 1, 170), nargs=2, help="vertical angle of view, degrees "
         "(default 40 40)")
     add("--resolution", type=runs.number(int, 4), nargs=2, help="pixels, at first and later "
@@ -189,7 +191,7 @@ def add_flags(add):
     add("--opaque", type=some, help="weight against half-tones (default 100)")
     add("--blob", type=some, help="density at the origin at the start (default 10)")
     add("--blob-radius", type=runs.number(float, 1e-3), help="where it ends (default 0.5)")
-    add("--threshold", type=runs.number(float, 0, 1e30), help="density of the mesh's surface "
+    add("--threshold", type=runs.number(float, 0), help="density of the mesh's surface "
         "(default 10)")
     add("--kernels", choices=["auto", "torch", "triton"], help="default auto: Triton on CUDA")
 

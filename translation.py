@@ -10,7 +10,6 @@ image translation, as in LMC-SDS and Delta Denoising Score). No pairs of picture
 prompts of several things ({} in both) are, where one network is to edit them all.
 """
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -22,10 +21,14 @@ from prior import Prior, UserError, ddim_samples
 from runs import (
     Parser,
     encode_folder,
+    guarded,
     moved_into,
     number,
+    place,
     read_folder,
     read_image,
+    read_text,
+    regular,
     usable,
     write_grid,
 )
@@ -117,10 +120,17 @@ def source_latents(settings, prior, folder):
     They are kept in `folder`, where a resumed run finds them, even if the pictures are gone. The
     samples' noise is from a generator of their own: that run draws none, and yet ends in the same.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     path = folder / "sources.safetensors"
     if path.exists():                              # the folder is this run's alone
-        return load_file(path)["x0"].to(prior.device)
+        try:
+            x0 = load_file(regular(path))["x0"]
+            if x0.shape[1:] != prior.shape or x0.dtype != torch.float32 or not len(x0):
+                raise ValueError("latents of another shape or type")
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not what this run has kept: {error}") from error
+        return x0.to(prior.device)
     if settings["image"] is None:
         rng = torch.Generator().manual_seed(settings["seed"] ^ 1)
         x_T = torch.randn(settings["pictures"], *prior.shape, generator=rng)
@@ -140,12 +150,17 @@ def source_latents(settings, prior, folder):
 def load_network(folder, device="auto"):
     """What a run of --network has left in `folder` -> (prior, net)."""
     from diffusers import UNet2DModel
+    network = Path(folder) / "network"
     try:
-        settings = json.loads((Path(folder) / "config.json").read_text("utf-8"))["settings"]
-        net = UNet2DModel.from_pretrained(Path(folder) / "network", local_files_only=True,
-                                          use_safetensors=True)
-        prior = Prior.from_pretrained(settings["model"], usable(device))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model = json.loads(read_text(Path(folder) / "config.json"))["settings"]["model"]
+        for file in network.iterdir():
+            regular(file)
+        net, info = UNet2DModel.from_pretrained(network, local_files_only=True,
+                                                use_safetensors=True, output_loading_info=True)
+        prior = Prior.from_pretrained(model, usable(device))
+        if any(info.values()) or net.config.in_channels != prior.shape[0]:
+            raise ValueError("other weights")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder} holds no trained network ({type(error).__name__}): train one "
                         "with --network") from error
     return prior, net.to(prior.device)
@@ -185,13 +200,8 @@ def main(argv):
     """`python editing.py --apply …`. -> exit status."""
     parser = Parser(prog="editing.py", description="Translate pictures by a trained network.")
     parser.add_argument("--apply", metavar="DIR", help="where it was trained")
-    parser.add_argument("--image", metavar="PNG", help="a picture, or a folder of them")
+    parser.add_argument("--image", metavar="PNG", type=place, help="a picture, or a folder of them")
     parser.add_argument("--out", metavar="PNG", help="default DIR/applied.png")
     parser.add_argument("--device", default="auto", help="default auto: cuda where there is one")
-    given = parser.parse_args(argv)
-    try:
-        apply_network(given.apply, given.image, given.out, given.device)
-    except (UserError, OSError) as mistake:
-        print(f"editing.py: {mistake}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded("editing.py", lambda: apply_network(*vars(parser.parse_args(argv)).values()),
+                   "smaller pictures")

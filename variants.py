@@ -328,11 +328,13 @@ def add_options(add):
     add("--negative", metavar="TEXT", help="csd, nfsd: the negative prompt")
     add("--source-words", metavar="TEXT", help="bridge: what the pictures are; {} is the prompt")
     add("--target-words", metavar="TEXT", help="bridge: what is wanted of them; {} is the prompt")
-    add("--bridge-steps", type=runs.number(int, 1), help="bridge: steps of its ODEs (default 1)")
+    add("--bridge-steps", type=runs.number(int, 1, 1000),
+        help="bridge: steps of its ODEs (default 1)")
     add("--bridge-start", type=runs.number(float, 0, 1), help="bridge: where it begins, a fraction "
         "of the steps (default 0.5; with --source-words 0)")
-    add("--bandwidth", type=runs.number(float, 0, 1e30), help="--phi exact: each particle's blur h")
-    add("--corrective", metavar="FILE", help="lmc: its network (default: the embedded model's)")
+    add("--bandwidth", type=runs.number(float, 0), help="--phi exact: each particle's blur h")
+    add("--corrective", type=runs.place, metavar="FILE",
+        help="lmc: its network (default: the embedded model's)")
 
 
 def add_flags(add):
@@ -366,7 +368,7 @@ def train_corrective(args):
         raise UserError(f"--model {args.model} needs an --out FILE of its own: "
                         f"{corrective.OWN.name} is tiny-sd's")
     out = Path(args.out or corrective.OWN)
-    if args.out and out.exists() and not corrective.is_bias(out):
+    if args.out and out.exists() and not (out.is_file() and corrective.is_bias(out)):
         raise UserError(f"--out {out} is there already and no corrective: name another file")
     out.parent.mkdir(parents=True, exist_ok=True)
     prior = Prior.from_pretrained(args.model, runs.usable(args.device))
@@ -384,9 +386,9 @@ def train_corrective(args):
         pictures = runs.encode_folder(prior, args.images).cpu()
     else:
         made_by = corrective.fingerprint(unet, prompts, args.ddim, args.seed, args.batch)
-        pictures = corrective.kept_samples(
-            DATA / f"corrective-{name}-{made_by}.samples.safetensors", args.samples, args.batch,
-            sample, torch.empty(0, *prior.shape))
+        kept = DATA / f"corrective-{name}-{made_by}.samples.safetensors"
+        pictures = corrective.kept_samples(still_ours(kept, {"x0": prior.shape}), args.samples,
+                                           args.batch, sample, torch.empty(0, *prior.shape))
     null = prior.encode_text([""]).expand(args.batch, -1, -1)
 
     def draws(step):
@@ -400,8 +402,11 @@ def train_corrective(args):
             return x0, t, *estimate(prior, x0, t, eps, null)
         return draw
     run = corrective.fingerprint(unet, pictures, args.lr, args.seed, args.batch)
-    network = corrective.train(DATA / f"corrective-{name}-{run}.checkpoint.safetensors",
-                               prior.shape[0], draws, args.lr, args.minutes, str(prior.device))
+    weights = enumerate(corrective.Bias(prior.shape[0]).parameters())
+    kept = still_ours(DATA / f"corrective-{name}-{run}.checkpoint.safetensors", {
+        f"{of}.{i}": weight.shape for i, weight in weights for of in ("parameter", "ema")})
+    network = corrective.train(kept, prior.shape[0], draws, args.lr, args.minutes,
+                               str(prior.device))
     corrective.save_bias(network, out, model=name, unet=unet)
     print(out)
 
@@ -414,12 +419,22 @@ def estimate(prior, x0, t, eps, null):
     return one_step_x0(x_t, prior.eps(x_t, t, null), *levels), *levels
 
 
-def read_lines(path):
+def still_ours(path, shapes):
+    """path, where an earlier call may have kept {name: last dimensions}; else UserError."""
+    from safetensors import SafetensorError, safe_open
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    lines = [line for line in lines if line]
+        if path.exists():
+            with safe_open(runs.regular(path), "pt") as file:
+                if any(file.get_slice(name).get_shape()[-len(shape):] != list(shape)
+                       for name, shape in shapes.items()):
+                    raise ValueError("other shapes")
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not what was kept there: move it away ({error})") from error
+    return path
+
+
+def read_lines(path):
+    lines = [line.strip() for line in runs.read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} holds no prompt: one per line is needed")
     return lines
@@ -427,7 +442,6 @@ def read_lines(path):
 
 def corrective_main(argv):
     """`python variants.py train-corrective …`. -> exit status."""
-    from safetensors import SafetensorError
     parser = runs.Parser(prog="variants.py", description="Train LMC-SDS's corrective b_k(x0, t).")
     parser.add_argument("task", choices=["train-corrective"])
     add, number = parser.add_argument, runs.number
@@ -442,15 +456,8 @@ def corrective_main(argv):
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of all randomness (default 0)")
     add("--device", default="auto", help="default auto: cuda where there is one")
     add("--out", metavar="FILE", help="where to (default, of tiny-sd: in tiny/)")
-    try:
-        train_corrective(parser.parse_args(argv))
-    except (UserError, OSError, SafetensorError, FloatingPointError) as mistake:   # a full disk
-        print(f"variants.py: {mistake}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nvariants.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return runs.guarded("variants.py", lambda: train_corrective(parser.parse_args(argv)),
+                        "a smaller --batch", lambda: "; the same command goes on")
 
 
 def main(argv=None):
