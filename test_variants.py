@@ -25,6 +25,7 @@ from torch import nn
 import asd
 import prior as prior_file
 import reproduce
+import runs
 import variants
 from asd import Latents, NoisePhi, State
 from conftest import GaussianMixture, cosine, particle_eps, randn
@@ -859,6 +860,35 @@ def test_a_resumed_run_is_the_whole_run(cli, flags):  # noqa: F811
     one, two = checkpoint("whole"), checkpoint("part")
     named = [name for name in one if "frame" not in name]
     assert len(named) > 4 and all(torch.equal(one[name], two[name]) for name in named)
+
+
+def test_a_resumed_run_keeps_every_setting(cli, monkeypatch):
+    """All of a row and more; but how long, where, in what parts and how often saved may change."""
+    cli("--method", "vsd", "--steps", 1)
+    before, seen = contents("run"), []
+    others = {"omega": "sigma2", "optimizer": "sgd", "phi_steps": 2, "gamma": 0.25, "seed": 1,
+              "rank": 2, "tokens": 2, "dtype": "bfloat16", "phi": "exact", "particles": 2,
+              "checkpointing": False, "method": "asd", "bandwidth": 1, "generator": "network"}
+    for name, value in (vars(asd.METHODS["vsd"]) | others).items():
+        if name != "steps":
+            flag = "--" + name.replace("_", "-")
+            value = others.get(name, value / 2 if type(value) is float else value)
+            one_line(cli("--resume", "run", flag, *[value] * (value is not False)), f"drop {flag}")
+    assert contents("run") == before
+    monkeypatch.setattr(runs, "run", lambda command, settings, *_: seen.append(settings))
+    may = {"steps": 9, "save_every": 7, "micro_batch": 1, "device": "cpu"}
+    flags = [word for name, value in may.items() for word in ("--" + name.replace("_", "-"), value)]
+    assert cli("--resume", "run", *flags)[0] == 0 and seen[0].items() >= may.items()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_file_that_was_not_written_whole_is_not_there(tmp_path, error):
+    """Ctrl-C, or a full disk, between writing and moving: what was there before stays."""
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(error), runs.moved_into(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert contents(tmp_path) == {"a": b"before"}
 
 
 @pytest.mark.parametrize("flags, parts", [
