@@ -864,7 +864,7 @@ def test_a_resumed_run_is_the_whole_run(cli, flags):  # noqa: F811
 
 def test_a_resumed_run_keeps_every_setting(cli, monkeypatch):
     """All of a row and more; but how long, where, in what parts and how often saved may change."""
-    cli("--method", "vsd", "--steps", 1)
+    cli("--method", "vsd", "--steps", 1, "--device", "auto")
     before, seen = contents("run"), []
     others = {"omega": "sigma2", "optimizer": "sgd", "phi_steps": 2, "gamma": 0.25, "seed": 1,
               "rank": 2, "tokens": 2, "dtype": "bfloat16", "phi": "exact", "particles": 2,
