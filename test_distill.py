@@ -765,6 +765,12 @@ def test_the_prior_is_asked_once_a_step(prior, name, changes, real):
     assert counts["calls"] == 2
 
 
+def test_what_the_prior_says_has_no_graph(prior):
+    x_t, t, cond = sample(prior)
+    nothing, said = asd.ask(prior, [None, (x_t.requires_grad_(), t, cond)])
+    assert nothing is None and not said.requires_grad
+
+
 @pytest.mark.parametrize("changes, forward, backward", [
     ({}, 7, 2), ({"eta": 0.0}, 6, 2), ({"gamma": 0.0}, 6, 2), ({"share_noise": True}, 6, 2)])
 def test_unet_evaluations_with_real_samples(prior, changes, forward, backward):

@@ -516,6 +516,7 @@ def test_mask_lies_as_the_picture_does(tmp_path):
     Image.new("RGB", (16, 8), "red").save(tmp_path / "turned.jpg", exif=exif)
     strokes = Image.new("RGBA", (8, 16))
     strokes.paste("white", (0, 0, 8, 8))                      # its upper half
+    strokes.paste("#606060", (0, 8, 8, 12))                   # rather black than white
     strokes.save(tmp_path / "mask.png")
     settings = {"image": tmp_path / "turned.jpg", "mask": tmp_path / "mask.png"}
     _, mask = editing.read_pictures(settings, (16, 8))

@@ -386,9 +386,9 @@ def test_intersect_box(seed):
 
 
 def test_intersect_box_by_hand():
-    o = torch.tensor([[-3.0, 0, 0], [0, 0, 0], [-3, 2, 0]])
-    near, far = nerf.intersect_box(o, torch.tensor([[1.0, 0, 0]] * 3), 1.0)
-    assert near.tolist()[:2] == [2, 0] and far.tolist()[:2] == [4, 1] and near[2] == far[2]
+    o = torch.tensor([[-3.0, 0, 0], [0, 0, 0], [-3, 0.9999, 0], [-3, 2, 0]])
+    near, far = nerf.intersect_box(o, torch.tensor([[1.0, 0, 0]] * 4), 1.0)
+    assert near.tolist()[:3] == [2, 0, 2] and far.tolist()[:3] == [4, 1, 4] and near[3] == far[3]
 
 
 # ------------------------------------------------------------------------------------ rendering
@@ -527,6 +527,20 @@ def test_grid_holds_what_is_dense_and_its_neighbours():
         assert field.occupied[cell] == any(c in dense for c in near)
         centre = torch.tensor([(i + 0.5) / 4 - 1 for i in cell])
         assert field.occupancy(centre) == field.occupied[cell]
+
+
+def test_grid_looks_anywhere_in_its_cells(monkeypatch):
+    """At one random point of each, or at all their middles."""
+    field, seen = small(box=2.0), []
+    monkeypatch.setattr(field, "geometry", lambda x: (seen.append(x), x.new_zeros(len(x)))[1:])
+    for random in (None, rng(1), rng(2)):
+        field.update_grid(0.1, random)
+    corner = torch.tensor(list(itertools.product(range(8), repeat=3)))
+    middle, *places = ((x / 2 + 1) * 4 - corner for x in seen)                # in the cell, 0 … 1
+    close(middle, torch.full((512, 3), 0.5))
+    for place in places:
+        assert -1e-5 < place.min() < 0.05 and 0.95 < place.max() < 1 + 1e-5
+    assert (places[0] - places[1]).abs().mean() > 0.2
 
 
 def test_grid_forgets_what_has_gone():
@@ -680,6 +694,7 @@ def test_transforms_json_is_read_back(tmp_path):
     close(learnt.origins, posed.origins[:7], rtol=0, atol=1e-5)
     close(learnt.color, posed.color[:7], rtol=0, atol=0.01)
     transforms(tmp_path, 3, "_train"), transforms(tmp_path, 2, "_test")
+    transforms(tmp_path, 1, "_val")
     assert [len(p.color) for p in nerf.posed_folder(tmp_path, 16)] == [3, 2]
     assert nerf.posed_folder(tmp_path, 16)[0].color.shape == (3, 16, 16, 3)
 

@@ -54,10 +54,11 @@ def test_scene_asks_each_view_for_its_own_prompt():
     close(cond[:, 0, 0], torch.tensor([float(len(f"a mug, {word} view")) for word in words]))
     assert set(words) == {"front", "side", "back", "overhead"}
     assert (distance >= 2.75 - 1e-4).all() and (distance <= 3.1 + 1e-4).all()
-    s, seen = make_scene(), []
-    picture = s.picture
+    s, seen = make_scene(samples=5), []
+    picture, occupancy = s.picture, s.nerf.occupancy
     s.picture = lambda c2w, *rest: seen.append(c2w) or picture(c2w, *rest)
-    assert torch.equal(s()[2], seen[0].flatten(1))
+    s.nerf.occupancy = lambda x: seen.append(x) or occupancy(x)
+    assert torch.equal(s()[2], seen[0].flatten(1)) and seen[1].shape == (3 * 4 * 4, 5, 3)
     low = elevation < 50
     assert 0.75 < low.float().mean() < 0.98                       # an eighth is seen from above
     assert (elevation[low] > 4.9).all() and (elevation[low] < 35.1).all()

@@ -623,6 +623,16 @@ def test_exact_is_vsd_at_lam_eff(seed, count, gamma, lam, bandwidth):
     close(ours, vsd / (1 + gamma))
 
 
+def test_exact_blurs_its_particles():
+    eps_y, eps, x0 = noise(0, (3, 2, 2, 2), 3)
+    says, t = Said([eps_y]), torch.tensor([300, 500, 900])
+    levels, cond = says.alpha_sigma(t), torch.ones(3, 1, 1)
+    x_t = asd.add_noise(x0, eps, *levels)
+    for h in (0.0, 0.7):
+        close(Exact(says, [], 0.0, h)(x_t, t, cond, eps, None, None, eps_y),
+              variants.mean_noise(x_t, x0, *levels, None, h))
+
+
 @given(seeds, gammas, guidance)
 def test_exact_of_one_particle_is_sds_at_lam_eff(seed, gamma, lam):
     """A single particle's noise is known: ε_g = ε, up to the particle's own rounding."""
@@ -848,6 +858,7 @@ def test_words_reach_phi(cli, monkeypatch):  # noqa: F811
 
 def test_words_never_seen_are_named(cli):  # noqa: F811
     assert "has never seen: apple" not in cli("--method", "nfsd")[2]
+    assert "seen: zebra\n" in cli("--method", "csd", "--negative", "a zebra", "--out", "one")[2]
     assert "unrealistic" in cli("--method", "nfsd", "--out", "two")[2]
 
 
