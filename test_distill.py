@@ -1277,7 +1277,7 @@ def test_state_with_an_unused_parameter_goes_on(prior):
 
 def test_tensors_of_another_run_are_refused(prior):
     one, two = (make_state(prior, method_of(), particles=n) for n in (1, 2))
-    with pytest.raises(RuntimeError, match="theta.0"):
+    with pytest.raises(ValueError, match="theta.0"):
         one.load_tensors(two.tensors(), 0)
     with pytest.raises(KeyError):
         one.load_tensors({"rng": one.rng.get_state()}, 0)
