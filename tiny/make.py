@@ -413,19 +413,61 @@ def sample_images(pipe, captions, seed=0, steps=50, guidance=3.0, batch=50):
 
 
 def evaluate(args):
-    """The numbers of the model cards: VAE PSNR, and how often tiny-clip knows what it sees."""
+    """The numbers of the model cards: VAE PSNR, ε's error, and what tiny-clip sees in samples."""
     pictures, rows = load_data()
+    rows = [row for row in rows if not row["more"]]
+    pictures = pictures[:len(rows)]
     pipe = load_pipeline(args.out, args.device)
     clip, tokenizer = load_clip(args.clip, args.device)
     numbers = {"vae_psnr_db": held_out_psnr(pipe.vae, pictures, rows)}
     chosen = random.Random(1).sample(range(len(rows)), 200)
     captions = [rows[i]["captions"][0] for i in chosen]
+    numbers["eps_error"] = eps_errors(pipe, pictures[chosen], captions)
     sampled = sample_images(pipe, captions, args.seed)
     for name, images in (("sampled", sampled), ("real", pictures[chosen].float() / 255)):
-        found = concept_accuracy(clip, tokenizer, images, [rows[i] for i in chosen], rows)
-        numbers |= {f"{name}_{key}": value for key, value in found.items()}
+        of = [rows[i] for i in chosen]
+        numbers[name] = concept_accuracy(clip, tokenizer, images, of, rows)
+        for style in (*STYLES, "solid"):
+            some = [i for i, row in enumerate(of) if row["style"] == style]
+            numbers[name][style] = concept_accuracy(
+                clip, tokenizer, images[some], [of[i] for i in some], rows)["top1"]
+    numbers["views"] = views_named(pipe, clip, tokenizer, pictures, rows, args.seed)
     numbers["unet_ms"] = unet_milliseconds(pipe.unet)
     print(json.dumps(numbers, indent=1))
+
+
+@torch.no_grad()
+def eps_errors(pipe, pictures, captions):
+    """{t: mean squared error of ε} over the pictures, each with noise of its own, fixed."""
+    errors, scheduler = {}, pipe.scheduler
+    x0 = torch.cat([pipe.vae.encode(2 * p.float().to(pipe.device) / 255 - 1).latent_dist.mean
+                    for p in pictures.split(50)])
+    words = pipe.text_encoder(tokenize(pipe.tokenizer, captions).to(pipe.device))[0]
+    for t in (50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 980):
+        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t)).to(x0)
+        times = torch.full((len(x0),), t, device=x0.device)
+        parts = zip(*(v.split(50) for v in (scheduler.add_noise(x0, eps, times), times, words)))
+        said = torch.cat([pipe.unet(*part).sample for part in parts])
+        errors[t] = round((said - eps).square().mean().item(), 5)
+    return errors
+
+
+def views_named(pipe, clip, tokenizer, pictures, rows, seed):
+    """How often tiny-clip names the view that was asked for, of the solids that have a front."""
+    of = [row for row in rows if other_views(row)]
+    asked = random.Random(2).sample(of, 100)
+    real = torch.stack([pictures[rows.index(row)] for row in asked]).float() / 255
+    sampled = sample_images(pipe, [row["captions"][0] for row in asked], seed)
+    right = {}
+    for name, images in (("sampled", sampled), ("real", real)):
+        hits = {view: [] for view in solids.VIEWS}
+        for image, row in zip(image_features(clip, images), asked, strict=True):
+            scores = text_features(clip, tokenizer, other_views(row)) @ image
+            found = other_views(row)[scores.argmax()]
+            hits[row["captions"][0].split()[-2]].append(found == row["captions"][0])
+        right[name] = {view: round(sum(of) / len(of), 2) for view, of in hits.items()} \
+            | {"all": sum(map(sum, hits.values())) / len(asked)}
+    return right
 
 
 @torch.no_grad()
