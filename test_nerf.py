@@ -557,10 +557,10 @@ def test_grid_forgets_what_has_gone():
 def test_render_takes_any_shape_in_any_chunks(shape):
     o, d = (v[:math.prod(shape)].view(*shape, 3) for v in fan(2, 24))
     back = rand(*shape, 3)
-    whole = render(field(), o, d, 6, back)
+    whole = render(field(), o, d, 6, back, rng(), 0.5)
     assert whole.rgb.shape == (*shape, 3) and whole.depth.shape == shape
     with torch.no_grad():
-        close(render(field(), o, d, 6, back, chunk=5), whole, **TIGHT)
+        close(render(field(), o, d, 6, back, rng(), 0.5, chunk=5), whole, **TIGHT)
 
 
 def test_gradients_reach_all_parameters():
@@ -629,6 +629,15 @@ def test_a_checkpoint_renders_the_same_picture(tmp_path):
 def test_the_same_seed_gives_the_same_field():
     assert torch.equal(small(seed=1).table, small(seed=1).table)
     assert not torch.equal(small(seed=1).inner[0].weight, small(seed=2).inner[0].weight)
+
+
+def test_a_new_field_is_grey_and_its_colours_stay_within_bounds():
+    """The table starts in ±1e-4, as Instant-NGP's."""
+    field, x = small(), torch.randn(9, 3, generator=rng()) * 0.3
+    assert 0.99e-4 < field.table.max() <= 1e-4 and -1e-4 <= field.table.min() < -0.99e-4
+    close(field(x)[1], torch.full((9, 3), 0.5), rtol=0, atol=1e-3)
+    field.outer[2].bias.data += 100
+    assert (field(x)[1] == 1).all()
 
 
 ALONE = """
