@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
@@ -257,9 +258,8 @@ def read_settings(given, command):
         tries = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
         folder = next(f for f in itertools.chain([folder], tries) if claimed(f, settings, command))
     elif not claimed(folder, settings, command):
-        run = (folder / "config.json").exists()
-        raise UserError(f"{folder} {'already holds a run (--resume it)' if run else 'is not empty'}"
-                        ": choose another --out, as nothing is written over")
+        raise UserError(f"{folder} already holds a run (--resume it), or is not empty: choose "
+                        "another --out, as nothing is written over")
     return settings, folder, False
 
 
@@ -357,8 +357,8 @@ def told_again(stored, command):
             continue
         kinds = getattr(action.type, "kinds", {bool} if action.nargs == 0 else {str})
         many = action.nargs == 2 or isinstance(action, argparse._AppendAction)
-        parts = value if many and isinstance(value, list) else [value]
-        if not {type(part) for part in parts} <= kinds:
+        parts = value if many else [value]
+        if not isinstance(parts, list) or not {type(part) for part in parts} <= kinds:
             refuse(f"{flag} cannot be {json.dumps(value)}")
         if kinds == {bool}:
             words.append(action.option_strings[0 if value else -1])
@@ -388,17 +388,17 @@ def write_text(path, text):
 
 def read_image(path, size, ground="white"):
     """A picture file -> RGB [1, 3, H, W] in [0, 1] of `size` = (H, W): on white, cropped to fit.
-
-    Raises UserError where it cannot be read.
+    UserError where it cannot be read.
     """
     import numpy as np
     from PIL import Image, ImageOps
     regular(path)
     try:
-        picture = ImageOps.exif_transpose(Image.open(path))       # as cameras turn them
-        if picture.mode.startswith("I"):          # 16-bit grey, which convert() would clip
-            picture = Image.fromarray((np.array(picture) / 257).round().astype("uint8"))
-        picture = picture.convert("RGBA")
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            picture = ImageOps.exif_transpose(Image.open(file))       # as cameras turn them
+            if picture.mode.startswith("I"):          # 16-bit grey, which convert() would clip
+                picture = Image.fromarray((np.array(picture) / 257).round().astype("uint8"))
+            picture = picture.convert("RGBA")
     except Exception as error:              # each format has others
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__})") from error
     ground = Image.new("RGBA", picture.size, ground)
@@ -523,10 +523,6 @@ def set_up(command, settings, folder, checkpoint=None):
         state, cond = command.build(settings, prior, method, rng, folder, checkpoint is None)
     except ValueError as error:
         raise UserError(error) from error
-    asked = [*command.prompts(settings), *getattr(state.phi, "texts", [])]
-    unknown = sorted({word for text in asked for word in prior.unknown_words(text)})
-    if unknown:
-        say(command.name, f"{prior.name} has never seen: {', '.join(unknown)}")
     frames = load_checkpoint(checkpoint, state, weights) if checkpoint else {}
     return prior, weights, cond, method, state, frames
 
@@ -552,6 +548,10 @@ def run(command, settings, folder, resumed):
          "device": str(prior.device), "dtype": str(prior.dtype)}
         | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")},
         indent=1, ensure_ascii=False))
+    asked = [*command.prompts(settings), *getattr(state.phi, "texts", [])]
+    unknown = sorted({word for text in asked for word in prior.unknown_words(text)})
+    if unknown:
+        say(command.name, f"{prior.name} has never seen: {', '.join(unknown)}")
     film = {round(i * method.steps / 9) for i in range(10)}
 
     def record(state, terms):

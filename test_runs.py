@@ -672,35 +672,57 @@ def test_corrupt_config_is_one_line(cli, text):
     assert contents("run") == before
 
 
-def damaged(path, damage):
-    """Spoil a checkpoint in one of many ways."""
-    named, whole = load_file(path), path.read_bytes()
-    about = {"format": "asd checkpoint 1", "step": "3"}
-    if damage == "cut":
-        path.write_bytes(whole[:len(whole) // 2])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "noise":
-        path.write_bytes(random.Random(0).randbytes(5000))
-    elif damage == "foreign":
-        save_file(named, path, about | {"format": "pt"})
-    elif damage == "no theta":
-        save_file({name: x for name, x in named.items() if name != "theta.0"}, path, about)
-    elif damage == "no momentum":
-        save_file({name: x for name, x in named.items() if "exp_avg" not in name}, path, about)
-    elif damage == "shape":
-        save_file(named | {"theta.0": torch.zeros(1, 4, 4, 4)}, path, about)
-    elif damage == "randomness":
-        save_file(named | {"rng": torch.zeros(3, dtype=torch.uint8)}, path, about)
-    elif damage == "step":
-        save_file(named, path, about | {"step": "many"})
+def rewritten(path, tensors=None, **metadata):
+    """A checkpoint with other tensors (None: without) and metadata, and a digest that fits."""
+    with safe_open(path, "pt") as file:
+        about = file.metadata() | metadata
+    named = {name: x for name, x in (load_file(path) | (tensors or {})).items() if x is not None}
+    save_file(named, path, {"digest": runs.digest(named, about["step"], about["weights"])}
+              | {key: value for key, value in about.items() if key != "digest"} | metadata)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "foreign", "no theta", "no momentum",
-                                    "shape", "randomness", "step"])
+DAMAGES = {
+    "cut": lambda path, whole: path.write_bytes(whole[:len(whole) // 2]),
+    "empty": lambda path, whole: path.write_bytes(b""),
+    "noise": lambda path, whole: path.write_bytes(random.Random(0).randbytes(5000)),
+    "FIFO": lambda path, whole: (path.unlink(), os.mkfifo(path)),
+    "folder": lambda path, whole: (path.unlink(), path.mkdir()),
+    "foreign": lambda path, whole: rewritten(path, format="pt"),
+    "changed": lambda path, whole: rewritten(path, digest="0" * 64),
+    "step": lambda path, whole: rewritten(path, step="many"),
+    "no theta": lambda path, whole: rewritten(path, {"theta.0": None}),
+    "no momentum": lambda path, whole: rewritten(path, {"theta.0.exp_avg": None}),
+    "shape": lambda path, whole: rewritten(path, {"theta.0": torch.zeros(1, 4, 4, 4)}),
+    "type": lambda path, whole: rewritten(path, {"theta.0": torch.zeros(1, 4, 8, 8).half()}),
+    "momentum": lambda path, whole: rewritten(path, {"theta.0.exp_avg": torch.zeros(1, 1, 1, 1)}),
+    "count": lambda path, whole: rewritten(path, {"phi.0.step": torch.zeros(3)}),
+    "infinite": lambda path, whole: rewritten(
+        path, {"theta.0.exp_avg_sq": torch.full((1, 4, 8, 8), math.inf)}),
+    "randomness": lambda path, whole: rewritten(path, {"rng": torch.zeros(3, dtype=torch.uint8)}),
+    "no randomness": lambda path, whole: rewritten(path, {"rng": torch.zeros(5056)})}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_corrupt_checkpoint_is_one_line(cli, damage):
     cli()
-    damaged(Path("run/checkpoint.safetensors"), damage)
+    path = Path("run/checkpoint.safetensors")
+    DAMAGES[damage](path, path.read_bytes())
+    before = contents("run")
+    one_line(cli("--resume", "run", "--steps", 5), "checkpoint.safetensors", "neither a file"
+             if damage == "FIFO" else "cannot be resumed")
+    assert contents("run") == before
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_is_noticed(cli, seed):
+    """Wherever in the checkpoint it is, the run is refused."""
+    cli("--fixed-noise")
+    path, chance = Path("run/checkpoint.safetensors"), random.Random(seed)
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    where = chance.randrange(header) if seed % 3 == 0 else chance.randrange(header, len(data))
+    data[where] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
     before = contents("run")
     one_line(cli("--resume", "run", "--steps", 5), "checkpoint.safetensors cannot be resumed")
     assert contents("run") == before
