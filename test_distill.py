@@ -811,15 +811,15 @@ def by_hand(prior, phi, theta, random, lam, low=20, high=980):
                            bracket=guided - eps_phi)
 
 
-@pytest.mark.parametrize("name, omega", [
-    ("sds", "sigma2"), ("vsd", "1"), ("asd", "sigma2"), ("asd", "sigma/alpha"),
-    ("asd", "sigma*alpha")])
-def test_first_update_is_adam_on_eq7(prior, name, omega):
-    method = method_of(name, steps=1, lam=5.0, omega=omega, lr=0.03)
+@pytest.mark.parametrize("name, omega, lam", [
+    ("sds", "sigma2", 5.0), ("vsd", "1", 5.0), ("asd", "sigma2", 1.0), ("asd", "sigma/alpha", 5.0),
+    ("asd", "sigma*alpha", 0.0)])
+def test_first_update_is_adam_on_eq7(prior, name, omega, lam):
+    method = method_of(name, steps=1, lam=lam, omega=omega, lr=0.03)
     state = make_state(prior, method, particles=2)
     scramble(state.phi)
     theta, random = state.generator.theta.detach().clone(), state.rng.clone_state()
-    hand = by_hand(prior, state.phi, theta, random, lam=5.0)
+    hand = by_hand(prior, state.phi, theta, random, lam)
     weight = {"sigma2": hand.sigma ** 2, "1": 1, "sigma/alpha": hand.sigma / hand.alpha,
               "sigma*alpha": hand.sigma * hand.alpha}[omega]
     _, (row,) = go(prior, method, state)
@@ -1159,6 +1159,10 @@ def test_distill_makes_phi_and_state_itself(prior, monkeypatch):
     state = State(Latents(prior, 1, rng(7)), LoRAPhi(prior, seed=4), row, rng(4))
     ends.append(asd.distill(prior, state.generator, cond, row, state=state))
     assert ends[0].step == 2 and isinstance(ends[0].phi, LoRAPhi)
+    mine, other = LoRAPhi(prior, rank=1), asd.Discriminator(NoisePhi(), cond)
+    given = asd.distill(prior, Latents(prior), cond, row, phi=mine, second=other,
+                        real=(real := torch.zeros(1, *prior.shape)))
+    assert given.phi is mine and given.second is other and given.real is real
     assert all(same(end.tensors(), state.tensors()) for end in ends)
 
 
@@ -1219,14 +1223,16 @@ def test_prompt_of_the_generator_replaces_the_loops(prior, name):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("share_noise", [False, True])
-def test_one_view_in_ten_is_learnt_without_its_camera(prior, share_noise):
+@pytest.mark.parametrize("share_noise, subtracted", [(False, False), (True, False), (False, True)])
+def test_one_view_in_ten_is_learnt_without_its_camera(prior, share_noise, subtracted):
+    """Also by the φ of a second discriminator."""
     phi, seen = LoRAPhi(prior, camera=16), []
     forward = phi.forward
     phi.forward = lambda *args: seen.append(args[4]) or forward(*args)
     camera = torch.randn(100, 16, generator=rng())
-    go(prior, method_of(steps=1, share_noise=share_noise), phi=phi,
-       generator=Views(prior, prior.encode_text([PROMPT]), camera))
+    method, y = method_of(steps=1, share_noise=share_noise), prior.encode_text([PROMPT])
+    phis = (NoisePhi(), asd.Discriminator(phi, y)) if subtracted else (phi, None)
+    go(prior, method, State(Views(prior, y, camera), phis[0], method, rng(), phis[1]))
     for_theta, for_phi = seen
     assert torch.equal(for_theta, camera)
     dropped = (for_phi == 0).all(1)

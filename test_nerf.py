@@ -307,6 +307,8 @@ def test_kernels_are_chosen(monkeypatch):
         nerf.use_triton("triton", x)
     with pytest.raises(ValueError, match="not 'tritn'"):
         nerf.use_triton("tritn", x)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")                  # only where it is asked for
+    assert not nerf.use_triton("auto", x)
 
 
 # -------------------------------------------------------------------------------- rays, cameras
