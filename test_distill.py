@@ -642,6 +642,14 @@ def test_a_lora_of_another_scale_is_refused(prior, tmp_path, alpha):
             again.load(tmp_path)
 
 
+def test_a_lora_with_alphas_in_its_file_is_refused(prior, monkeypatch):
+    """Other trainers' files have them; diffusers gives them beside the layers."""
+    monkeypatch.setattr(type(prior.pipe), "lora_state_dict", classmethod(
+        lambda *_, **__: ({}, {"unet.to_q.alpha": 4.0}, None)))
+    with pytest.raises(ValueError, match="scale"):
+        LoRAPhi(prior).load("anywhere")
+
+
 def test_lora_sits_where_it_is_told(prior):
     names = [name for name, p in LoRAPhi(prior, targets=("to_q",)).network.named_parameters()
              if p.requires_grad]
