@@ -282,6 +282,13 @@ def test_outside_the_mask_nothing_changes(prior, pixels):                       
         assert (theta.grad[..., :4] == 1).all() and (theta.grad[..., 4:] == 0).all()
 
 
+def test_a_latent_may_change_where_its_cell_meets_the_mask(prior):               # noqa: F811
+    mask = torch.zeros(1, 1, *prior.image_size)
+    mask[..., 3, 5] = 1
+    inside = editing.Edited(prior, torch.zeros(1, 3, *prior.image_size), mask).inside
+    assert inside[0, 0].nonzero().tolist() == [[1, 2]]
+
+
 def translator(prior, sources=6, batch=3):                                       # noqa: F811
     """A network for two things -> (Translator, y, z)."""
     y = prior.encode_text(["a blue fox", "a blue apple"])
