@@ -171,6 +171,7 @@ def test_a_run_goes_on_from_another_directory(cli, model, tmp_path, monkeypatch)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert cli("--resume", "../run", "--steps", 4)[0] == 0
+    Path("tiny-sd").mkdir()                          # whatever lies around here
     assert runs.place("tiny-sd") == "tiny-sd" and runs.place("some/sd") == "some/sd"
 
 

@@ -681,6 +681,12 @@ def rewritten(path, tensors=None, **metadata):
               | {key: value for key, value in about.items() if key != "digest"} | metadata)
 
 
+def written(path):
+    """The digest that is in a checkpoint."""
+    with safe_open(path, "pt") as file:
+        return file.metadata()["digest"]
+
+
 DAMAGES = {
     "cut": lambda path, whole: path.write_bytes(whole[:len(whole) // 2]),
     "empty": lambda path, whole: path.write_bytes(b""),
@@ -689,6 +695,8 @@ DAMAGES = {
     "folder": lambda path, whole: (path.unlink(), path.mkdir()),
     "foreign": lambda path, whole: rewritten(path, format="pt"),
     "changed": lambda path, whole: rewritten(path, digest="0" * 64),
+    "renamed": lambda path, whole: rewritten(
+        path, {"frame.3": None, "frame.9": load_file(path)["frame.3"]}, digest=written(path)),
     "step": lambda path, whole: rewritten(path, step="many"),
     "no theta": lambda path, whole: rewritten(path, {"theta.0": None}),
     "no momentum": lambda path, whole: rewritten(path, {"theta.0.exp_avg": None}),
