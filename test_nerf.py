@@ -493,12 +493,12 @@ def test_early_termination_changes_less_than_the_cutoff(seed, cutoff):
 
 
 def test_early_termination_stops_behind_a_wall(monkeypatch):
-    """Of 16 samples in an opaque box the field is only asked about the first quarter."""
+    """Of 15 samples in an opaque box the field is only asked about the first quarter."""
     f, (o, d), asked = field(sigma=100.0), fan(0), []
     monkeypatch.setattr(f, "forward", lambda x, d: asked.append(len(x)) or Field.forward(f, x, d))
     for cutoff in (0, 1e-3):
-        render(f, o, d, 16, cutoff=cutoff)                    # T < 1e-3 after the first quarter
-    assert asked == [12 * 4] * 4 + [12 * 4, 0, 0, 0]
+        render(f, o, d, 15, cutoff=cutoff)                    # T < 1e-3 after the first quarter
+    assert asked == [12 * 4] * 3 + [12 * 3, 12 * 4, 0, 0, 0]
 
 
 def test_skipping_by_the_grid_of_a_nerf():
@@ -754,6 +754,22 @@ def test_fit_finds_a_ball():
     seen = nerf.look(field, held_out, 32)
     assert losses[-1] < losses[0] / 4
     assert nerf.psnr(seen.rgb, held_out.over(1.0)) > 20
+
+
+def test_fit_lets_its_rate_fall_and_renews_the_grid(monkeypatch):
+    """To a tenth over the steps; each 16th step, for the samples' spacing."""
+    learnt, _ = nerf.builtin_scene("ball", "blue", 2, 0, 8)
+    field, rates, spacings = small(box=1.5), [], []
+    monkeypatch.setattr(field, "update_grid", lambda spacing, rng: spacings.append(spacing))
+
+    class Noted(torch.optim.Adam):
+        def step(self, *args):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*args)
+    monkeypatch.setattr(torch.optim, "Adam", Noted)
+    nerf.fit(field, learnt, 20, 16, 6, lr=0.1)
+    assert rates == pytest.approx([0.1 * 0.1 ** (step / 20) for step in range(20)])
+    assert spacings == [0.5, 0.5]
 
 
 def test_fit_is_repeatable():
