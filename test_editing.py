@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -380,6 +381,24 @@ def test_the_edit_begins_at_the_picture(cli):
     before = runs.read_image("a.png", (16, 16))
     assert torch.equal(checkpoint("run")["theta.0"], before)
     assert metrics("run")[-1]["psnr"] == pytest.approx(100)
+
+
+def test_before_is_left_of_after(cli):
+    assert cli("--method", "dds", "--lr", 20, "--pixels")[0] == 0
+    before, after = runs.read_image("a.png", (16, 16)), checkpoint("run")["theta.0"].clamp(0, 1)
+    assert (after - before).abs().mean() > 0.02
+    pictures = (torch.cat([before, after]) * 255).round().byte()
+    for name, expected in (("before_after", pictures), ("edited", pictures[1:])):
+        runs.write_grid(Path("expected.png"), expected, len(expected))
+        assert Path(f"run/{name}.png").read_bytes() == Path("expected.png").read_bytes()
+
+
+def test_each_before_is_left_of_its_after(cli):
+    """A network without a rate is the identity: the same twice in each row."""
+    assert cli("--network", "--pictures", 2, "--method", "dds", "--lr", 0)[0] == 0
+    rows = np.array(Image.open("run/before_after.png")).astype(int).reshape(2, 256, 2, 256, 3)
+    left, right = rows[:, 40:-40, :, 40:-40].transpose(2, 0, 1, 3, 4)         # but for the seams
+    assert abs(left - right).max() <= 1 and abs(left[0] - left[1]).max() > 20
 
 
 @pytest.mark.parametrize("flags", [[], ["--network"], ["--mask", "m.png"], ["--pixels"]])
