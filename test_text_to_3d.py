@@ -123,6 +123,14 @@ def test_scene_backgrounds(background):
         assert (s.nerf.background.grad != 0).all()
 
 
+def test_rows_in_3d_are_the_others_at_its_own_rates():
+    for name, row in text_to_3d.methods().items():
+        other = text_to_3d.variants.all_methods()[name]
+        assert (row.lr, row.lr_end, row.omega, row.steps) == (0.02, 0.05, "sigma2", 600)
+        assert (row.phi, row.lam, row.phi_lr) == (other.phi, other.lam, other.phi_lr)
+        assert row.gamma == (-0.5 if name == "asd" else other.gamma)       # the paper's 3D setting
+
+
 def test_scene_rates():
     groups = make_scene().parameter_groups(0.01)
     assert [group.get("lr") for group in groups] == [None, 0.001]
