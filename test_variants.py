@@ -383,6 +383,20 @@ def test_bridge_asks_for_the_words_beside_each_prompt(prior):  # noqa: F811
         phi.asks(0, None, None, prior.encode_text(["a red red fox"]), None, 40.0)
 
 
+def test_bridge_solves_the_odes_of_each_prompt(prior):  # noqa: F811
+    x_t, t, prompts = torch.randn(2, *prior.shape, generator=rng()), torch.tensor([800, 300]), \
+        ["a blue fox", PROMPT]
+
+    def answer(known, part):
+        phi, y = Bridge(prior, known, 3.0, 10, "painting", "new {}", 2), prompts[part]
+        asked = phi.asks(10, x_t[part], t[part], prior.encode_text(y), None, 3.0)
+        return phi(x_t[part], t[part], asked[1][2], None, None, *asd.ask(prior, asked))
+    whole = answer(prompts[::-1], slice(2))
+    for i in range(2):
+        torch.testing.assert_close(answer([prompts[i]], slice(i, i + 1)), whole[i:i + 1],
+                                   rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("words, first", [
     ({}, 5), ({"target_words": "x"}, 5), ({"source_words": "x"}, 0), ({"bridge_start": 0.3}, 3),
     ({"source_words": "x", "bridge_start": 1.0}, 10)])
