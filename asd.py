@@ -226,7 +226,7 @@ OMEGAS = {
     "1": lambda alpha_t, sigma_t: torch.ones_like(sigma_t),
     "sigma/alpha": lambda alpha_t, sigma_t: sigma_t / alpha_t,   # ASD's Gaussian-splatting setting
     "sigma*alpha": lambda alpha_t, sigma_t: sigma_t * alpha_t,
-    "1/alpha": lambda alpha_t, sigma_t: 1 / alpha_t,        # flow: what RFDS calls the weight 1
+    "1/alpha": lambda alpha_t, sigma_t: 1 / alpha_t,             # of flow models: RFDS's weight 1
 }
 
 
@@ -235,10 +235,9 @@ OMEGAS = {
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd. Eq. 10 is affine at γ = −1, φ never settles: θ
-    must be slow, or colours run away. θ starts as noise, which only small t take away; so they get
-    weight, by ω = 1 (σ², the peers' choice, is a flag) and by t < T/2 in the second half (the peers
-    anneal t, too), and θ's rate stays; in 3D a rate that falls keeps smears and dust out.
+    The defaults were chosen by looking, on tiny-sd; PAPER is for other models. Eq. 10 is affine at
+    γ = −1, φ never settles: θ must be slow, or colours run away. θ starts as noise, which only
+    small t take away; so they get weight, by ω = 1 and by t < T/2 in the second half.
     """
     phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7
@@ -263,6 +262,8 @@ class Method:
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 METHODS = {"sds": Method(phi=NoisePhi), "vsd": Method(gamma=0.0), "asd": Method(gamma=-1.0)}
+PAPER = ("§6: ProlificDreamer-2D's, by its README and program", {        # no rates are in the text
+    "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "phi_lr": 1e-4, "steps": 500})
 
 
 def generated(x0):
@@ -591,9 +592,8 @@ def main(argv=None):
     """`python asd.py --prompt …`: runs.py does the rest."""
     import runs
     return runs.main(runs.Command(
-        "asd.py", "Optimise pictures until they look, to a frozen text-to-image diffusion model, "
-        "like the prompt (Adversarial Score Distillation).", METHODS, PHIS, CHOICES, build,
-        distill), argv)
+        "asd.py", "Pictures that look, to a frozen diffusion model, like the prompt (ASD).",
+        METHODS, PHIS, CHOICES, build, distill, paper=PAPER), argv)
 
 
 if __name__ == "__main__":

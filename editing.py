@@ -70,6 +70,11 @@ METHODS = {
 NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_late": 0.5}
 
 
+# SGD 0.1 of the DDS notebook's loss is 0.0488 of Eq. 11; §6 names no rate for φ
+PAPER = ("§6: the DDS notebook's, with the paper's γ and η; φ's rate ProlificDreamer-2D's", {
+    "lr": 0.0488, "steps": 200, "omega": "1", "t_min": 0.05, "t_max": 0.948, "phi_lr": 1e-4})
+
+
 def methods(network=False):
     """The rows above, then those of asd.py and variants.py: φ_y and φ_z are both of their kind."""
     from variants import all_methods
@@ -228,7 +233,7 @@ def measure(settings, prior, state, images):
 
 def finish(folder, settings, prior, state):
     """edited.png, before_after.png; of a network its weights and pictures of its first sources."""
-    from runs import write_grid
+    from export import write_grid
     generator = state.generator
     if settings["network"]:
         generator.net.save_pretrained(folder / "network")
@@ -251,7 +256,7 @@ def main(argv=None):
         methods(any(flag.startswith("--net") for flag in given)), variants.ALL_PHIS, asd.CHOICES,
         build, asd.distill, add_flags=add_flags, defaults=DEFAULTS | translation.DEFAULTS,
         options=variants.OPTIONS, prompts=lambda settings: sum(translation.prompts(settings), []),
-        check=check, finish=finish, measure=measure), given)
+        check=check, finish=finish, measure=measure, paper=PAPER), given)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""export.py — pictures with labels; views, a turntable, a mesh and a page that turns it.
+"""export.py — whole files; pictures with labels; views, a turntable, a mesh and a page.
 
 All of it from tensors and callables: pictures [B, H, W, 3], density(x [N, 3]) -> [N]. The world is
 nerf.py's (z is up, the scene fills [−box, box]³), colours are RGB in [0, 1].
 """
 import base64
+import math
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,24 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from runs import moved_into, write_grid, write_text
-
 VIEWER = Path(__file__).resolve().with_name("viewer.html")
+
+
+@contextmanager
+def moved_into(path):
+    """A temporary path beside `path`, moved there if all went well and removed if not."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    with moved_into(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_png(picture, path):
@@ -54,6 +72,29 @@ def sheet(path, columns, rows, side, left=None, corner="", colors=None):
     if colors:
         page = page.quantize(palette=page.quantize(colors), dither=Image.Dither.FLOYDSTEINBERG)
     save_png(page, path)
+
+
+def write_grid(path, images, columns, least=256):
+    """images [N, 3, H, W] uint8 -> a PNG, `columns` to a row, each enlarged to `least` pixels."""
+    n, _, height, width = images.shape
+    rows = math.ceil(n / columns)
+    blank = torch.full((rows * columns - n, 3, height, width), 255, dtype=torch.uint8)
+    grid = torch.cat([images, blank]).view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+    picture = Image.fromarray(grid.reshape(rows * height, columns * width, 3).numpy())
+    scale = max(1, round(least / height))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
+    with moved_into(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def picture_measures(images):
+    """RGB [B, 3, H, W] -> mean HSV saturation and mean |Laplacian| (sharpness), both in [0, …]."""
+    high, low = images.amax(1), images.amin(1)
+    grey = images.mean(1)
+    laplacian = (4 * grey[:, 1:-1, 1:-1] - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1]
+                 - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:])
+    return {"saturation": ((high - low) / high.clamp(min=1e-6)).mean().item(),
+            "sharpness": laplacian.abs().mean().item()}
 
 
 def write_rows(path, rows):

@@ -44,12 +44,12 @@ class LoRAPhi(nn.Module):
     cond [1, L, C]: what φ is told instead of the loop's prompt embedding (such a checkpoint's own;
     or, in 3D, the prompt without the view); guidance inside φ has no effect then. camera: length of
     the flattened camera (0: none), which enters through the class embedding of φ's own view, a
-    UNet's. checkpointing: less memory, more time. init: a folder or file to load() at the start.
+    UNet's. checkpointing: less memory, more time. phi_init: a folder or file to load() first.
     """
 
     def __init__(self, prior, prompts=None, rank=4, cond=None, camera=0, checkpointing=False,
                  seed=0, targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
-                 init=None):
+                 phi_init=None):
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding
         from peft import LoraConfig, inject_adapter_in_model
@@ -74,8 +74,8 @@ class LoRAPhi(nn.Module):
             self.network.class_embedding = embedding.to(prior.device)
         if checkpointing:
             self.network.enable_gradient_checkpointing()
-        if init is not None:
-            self.load(init)
+        if phi_init is not None:
+            self.load(phi_init)
 
     def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
         cond = cond if self.cond is None else self.cond.expand(len(x_t), -1, -1)

@@ -148,6 +148,8 @@ class Prior:
             height, width = (side, side) if isinstance(side, int) else side
         else:
             height = width = size // per_latent
+            if size % per_latent:
+                raise UserError(f"needs a size that is a multiple of {per_latent}, not {size}")
         self.shape = (self.network.config.in_channels, height, width)
         self.image_size = (height * per_latent, width * per_latent)
         self.alphas, self.sigmas = (v.to(self.device) for v in self.schedule())
@@ -270,6 +272,12 @@ class Prior:
             return cond, None
         rows = -(-self.pooled // cond.shape[2])
         return cond[:, :-rows], cond[:, -rows:].flatten(1)[:, :self.pooled]
+
+    def release_text_encoders(self):
+        """To the CPU, as every prompt is encoded; a φ that learns words brings them back."""
+        for name, part in self.pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to("cpu")
 
     def unknown_words(self, prompt):
         """The prompt's words that a small vocabulary (the embedded model's) spells in pieces."""

@@ -24,10 +24,10 @@ import editing
 import text_to_3d
 import translation
 from conftest import GaussianMixture, particle_eps, randn
-from export import save_png, sheet
+from export import picture_measures, save_png, sheet, write_grid, write_text
 from nerf import NeRF, orbit, rays, render, solid_pictures
 from prior import HERE, ddim_samples
-from runs import Parser, guarded, number, picture_measures, read_image, write_grid, write_text
+from runs import Parser, guarded, number, read_image
 from tiny import corrective
 from tiny.corrective import fingerprint
 from tiny.data import articled

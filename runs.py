@@ -15,13 +15,12 @@ import inspect
 import itertools
 import json
 import math
-import os
 import platform
 import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +28,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from export import moved_into, picture_measures, write_grid, write_text
 from prior import Prior, UserError
 
 
@@ -169,6 +169,7 @@ class Command:
     check: Callable = lambda settings: None          # raises UserError; nothing is loaded yet
     finish: Callable = final_picture                 # … -> the picture to name
     measure: Callable = lambda settings, prior, state, images: {}           # {name: number}
+    paper: tuple = ("", {})       # the paper's settings, for real models: (source, {name: value})
 
     def phi_name(self, row):
         return next(name for name, phi in self.phis.items() if phi is row.phi)
@@ -200,7 +201,12 @@ def make_parser(command):
         f"{command.default or 'none'})")
     add("--phi", choices=[name for name in command.phis if name not in methods],
         help="what predicts ε_φ")
-    add("--model", type=place, help='"tiny-sd", a diffusers folder or a hub name (default tiny-sd)')
+    add("--model", type=place, help='"tiny-sd" (default), a diffusers folder, a hub name, or a '
+        ".safetensors file, with --config")
+    add("--config", type=place, metavar="DIR", help="of a --model file: a folder of such a model")
+    add("--size", type=number(int, 8, 8192), help="pixels of a side (default: the model's own)")
+    add("--settings", choices=["tiny", "paper"], help="whose defaults: those measured on tiny-sd, "
+        "or the paper's (default tiny for tiny-sd, paper for every other model)")
     add("--lam", type=some, help="λ, guidance (default 7.5)")
     add("--gamma", type=some, help="γ of Eqs. 9 and 10 (asd: default -1, in 3D -0.5; vsd: 0)")
     add("--eta", type=number(float, 0), help="η of Eq. 9, with --real (default 0.5)")
@@ -226,9 +232,11 @@ def make_parser(command):
     add("--share-noise", action=yes_or_no, help="θ's t and ε for φ, too (Algorithm 1)")
     add("--fixed-noise", action=yes_or_no, help="one ε for θ throughout (LMC-SDS's trick)")
     add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
+    add("--phi-init", type=place, metavar="LORA", help="a folder or file that φ's LoRA starts at")
     add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
     add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")
     add("--checkpointing", action="store_const", const=True, help="less memory for φ, more time")
+    add("--vae-tiling", action="store_const", const=True, help="less memory for large pictures")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), help="of all randomness (default 0)")
     add("--device", help="cpu, cuda, cuda:1, … (default auto: cuda where there is one)")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
@@ -240,7 +248,8 @@ def make_parser(command):
 
 
 DEFAULTS = {"model": "tiny-sd", "rank": 4, "tokens": 4, "seed": 0, "save_every": 50,
-            "checkpointing": False, "micro_batch": None, "device": "auto", "dtype": "auto"}
+            "checkpointing": False, "micro_batch": None, "device": "auto", "dtype": "auto",
+            "config": None, "size": None, "phi_init": None, "vae_tiling": False}
 MAY_CHANGE = {"steps", "device", "save_every", "micro_batch"}     # of a run that is resumed
 
 
@@ -250,7 +259,9 @@ def read_settings(given, command):
     resume, out = given.pop("resume", None), given.pop("out", None)
     if resume is not None:
         return resumed_settings(given, out, Path(resume), command), Path(resume), True
-    settings = usual(given.get("method", command.default), command) | given
+    embedded = given.get("model", "tiny-sd") == "tiny-sd"
+    column = given.get("settings", "tiny" if embedded else "paper")
+    settings = usual(given.get("method", command.default), command, column) | given
     check(settings, command)
     name = re.sub(r"[^a-z0-9]+", "-", command.prompts(settings)[0].lower()).strip("-")[:40]
     folder = Path(out or Path("outputs") / f"{settings['method']}-{name}-{settings['seed']}")
@@ -263,14 +274,17 @@ def read_settings(given, command):
     return settings, folder, False
 
 
-def usual(name, command):
-    """All settings of a method that is told nothing. UserError where it is not the command's."""
+def usual(name, command, column="tiny"):
+    """All settings of a method that is told nothing but whose they are, "tiny" or "paper".
+
+    UserError where it is not the command's.
+    """
     if name not in command.methods:
         wrong = f"unknown method {name!r}: choose" if name else "give a --method,"
         raise UserError(f"{wrong} one of {', '.join(command.methods)}")
-    row = command.methods[name]
-    return DEFAULTS | dict.fromkeys(command.options) | command.defaults | asdict(row) | {
-        "method": name, "phi": command.phi_name(row)}
+    row, paper = command.methods[name], command.paper[1] if column == "paper" else {}
+    return DEFAULTS | dict.fromkeys(command.options) | command.defaults | asdict(row) | paper | {
+        "method": name, "phi": command.phi_name(row), "settings": column}
 
 
 def check(settings, command):
@@ -294,7 +308,7 @@ def check(settings, command):
     if settings["lam_phi"] != 1 and chosen is not trained:
         raise UserError("--lam-phi is guidance inside a trained φ that is told y or ∅: "
                         f"--phi {called}")
-    for option in command.options:
+    for option in (*command.options, "phi_init"):
         if settings[option] is not None and option not in takes(chosen):
             whose = [name for name, maker in command.phis.items() if option in takes(maker)]
             of = "--method" if whose[0] in command.methods else "--phi"
@@ -348,7 +362,7 @@ def told_again(stored, command):
         raise UserError(message)
     parser, words = make_parser(command), []
     parser.error = refuse
-    settings = usual(str(stored["method"]), command)
+    settings = usual(str(stored["method"]), command, stored.get("settings", "tiny"))
     row = asdict(command.methods[stored["method"]])
     for action in parser._actions:
         key, flag, default = action.dest, action.option_strings[0], settings.get(action.dest)
@@ -368,24 +382,7 @@ def told_again(stored, command):
                        if key in settings and value is not None}
 
 
-# -------------------------------------------------------------------------------- files, pictures
-@contextmanager
-def moved_into(path):
-    """A temporary path beside `path`, moved there if all went well and removed if not."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path, text):
-    with moved_into(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
+# ------------------------------------------------------------------------------ pictures, to read
 def read_image(path, size, ground="white"):
     """A picture file -> RGB [1, 3, H, W] in [0, 1] of `size` = (H, W): on white, cropped to fit.
     UserError where it cannot be read.
@@ -421,30 +418,6 @@ def encode_folder(prior, path):
     with torch.no_grad():
         return torch.cat([prior.encode_image(part.to(prior.device))
                           for part in read_folder(path, prior.image_size).split(16)])
-
-
-def write_grid(path, images, columns, least=256):
-    """images [N, 3, H, W] uint8 -> a PNG, `columns` to a row, each enlarged to `least` pixels."""
-    from PIL import Image
-    n, _, height, width = images.shape
-    rows = math.ceil(n / columns)
-    blank = torch.full((rows * columns - n, 3, height, width), 255, dtype=torch.uint8)
-    grid = torch.cat([images, blank]).view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
-    picture = Image.fromarray(grid.reshape(rows * height, columns * width, 3).numpy())
-    scale = max(1, round(least / height))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.BICUBIC)
-    with moved_into(path) as temporary:
-        picture.save(temporary, format="PNG")
-
-
-def picture_measures(images):
-    """RGB [B, 3, H, W] -> mean HSV saturation and mean |Laplacian| (sharpness), both in [0, …]."""
-    high, low = images.amax(1), images.amin(1)
-    grey = images.mean(1)
-    laplacian = (4 * grey[:, 1:-1, 1:-1] - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1]
-                 - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:])
-    return {"saturation": ((high - low) / high.clamp(min=1e-6)).mean().item(),
-            "sharpness": laplacian.abs().mean().item()}
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -516,13 +489,17 @@ def usable(device):
 def set_up(command, settings, folder, checkpoint=None):
     """settings -> (prior, its fingerprint, y, method, state, frames), from a checkpoint or new."""
     dtype = None if settings["dtype"] == "auto" else getattr(torch, settings["dtype"])
-    prior = Prior.from_pretrained(settings["model"], usable(settings["device"]), dtype)
+    prior = Prior.from_pretrained(settings["model"], usable(settings["device"]), dtype,
+                                  settings["size"], settings["config"])
+    if settings["vae_tiling"]:
+        prior.vae.enable_tiling()
     weights = fingerprint(prior)
     method, rng = command.row(settings), torch.Generator().manual_seed(settings["seed"])
     try:
         state, cond = command.build(settings, prior, method, rng, folder, checkpoint is None)
     except ValueError as error:
         raise UserError(error) from error
+    prior.release_text_encoders()
     frames = load_checkpoint(checkpoint, state, weights) if checkpoint else {}
     return prior, weights, cond, method, state, frames
 
@@ -543,8 +520,13 @@ def run(command, settings, folder, resumed):
         raise UserError(f"{folder} has {state.step} steps already: --steps {method.steps} is less")
     lines = read_text(metrics).splitlines() if going_on and metrics.exists() else []
     write_text(metrics, "".join(line + "\n" for line in lines[:state.step]))
+    source = command.paper[0] if settings["settings"] == "paper" else "measured on tiny-sd"
+    named = (f"{key} {settings[key]}" for key in ("lam", "gamma", "omega", "lr", "phi_lr", "steps"))
+    say(command.name, f"{settings['method']}, settings {settings['settings']} ({source}): "
+        f"{', '.join(named)}")
     write_text(folder / "config.json", json.dumps(
         {"program": command.name, "settings": settings, "python": platform.python_version(),
+         "settings_from": source,
          "device": str(prior.device), "dtype": str(prior.dtype)}
         | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")},
         indent=1, ensure_ascii=False))

@@ -348,7 +348,8 @@ def cli(model, tmp_path, monkeypatch, capsys):                                  
     def call(*flags):
         flags = [str(flag) for flag in flags]
         if not any(flag.startswith(("--resume", "--apply")) for flag in flags):
-            flags = ["--model", model, *PROMPTS, "--steps", "3", "--out", "run", "--device", "cpu",
+            flags = ["--model", model, "--settings", "tiny", *PROMPTS, "--steps", "3",
+                     "--out", "run", "--device", "cpu",
                      *([] if "--network" in flags else ["--image", "a.png"]), *flags]
         try:
             status = editing.main(flags)

@@ -16,9 +16,9 @@ reproduce
 editing text_to_3d
 variants translation
 asd nerf
-phi export
+phi
 runs
-prior nerf_kernels conftest
+export prior nerf_kernels conftest
 tiny.make tiny.corrective
 tiny.data
 tiny.solids tiny.judge tiny.training

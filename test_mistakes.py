@@ -87,7 +87,8 @@ def stored(tmp_path, monkeypatch):
 
 
 FREE = {"model", "device", "image", "mask", "init", "real", "corrective", "things", "prompt",
-        "source", "target", "negative", "source_words", "target_words"}       # whatever they say
+        "source", "target", "config", "phi_init", "negative", "source_words",
+        "target_words"}                                                       # whatever they say
 
 
 @pytest.mark.parametrize("value", [
@@ -389,7 +390,7 @@ def test_no_command_unpickles_or_connects(model, no_network, tmp_path, monkeypat
             nerf.write_all, size=8, views=1, frames=2, cells=8))
     load_once.cache_clear()                           # the model is loaded again
     Image.effect_noise((16, 16), 99).convert("RGB").save("a.png")
-    on = ["--model", model, "--device", "cpu", "--steps", "2"]
+    on = ["--model", model, "--device", "cpu", "--steps", "2", "--settings", "tiny"]
     edit = ["--source", "a fox", "--target", "a cat", "--method", "dds"]
     for command, *argv in (
             [asd, "--prompt", "a fox", "--init", "a.png", "--real", "a.png", "--out", "asd", *on],

@@ -16,9 +16,19 @@ from torch import nn
 
 import asd
 from phi import EmbeddingPhi, LoRAPhi
-from prior import FAMILIES, Latents, Prior, UserError
-from test_distill import (PROMPT, load, folders, no_network, rng, same,  # noqa: F401 (fixtures)
-                          sample, save_tiny_pipeline, scramble, trainable)
+from prior import Latents, Prior, UserError
+from test_distill import (  # noqa: F401 (fixtures)
+    PROMPT,
+    folders,
+    load,
+    no_network,
+    rng,
+    same,
+    sample,
+    save_tiny_pipeline,
+    scramble,
+    trainable,
+)
 from tiny import make
 
 OTHERS = ["sdxl", "sd3", "sd3-dynamic", "flux2"]
@@ -57,8 +67,12 @@ def sdxl(tokenizer):
 
 
 def sd3(tokenizer, **schedule):
-    from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-                           StableDiffusion3Pipeline)
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import CLIPTextModelWithProjection
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
@@ -72,8 +86,12 @@ def sd3(tokenizer, **schedule):
 
 
 def flux2(tokenizer):
-    from diffusers import (AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline,
-                           Flux2Transformer2DModel)
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
     from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
     words = Qwen2Tokenizer(vocab=tokenizer.get_vocab(), merges=[])
     words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -143,9 +161,8 @@ def pipelines_own(folder, lam, step):
         seen.append((predicted.clone(), x_t.clone(), t))
         return scheduled(predicted, t, x_t, *args, **kwargs)
     pipe.scheduler.step = step_function
-    size = {"height": 16, "width": 16}
-    pipe(prompt=PROMPT, num_inference_steps=4, guidance_scale=lam, output_type="latent", generator=rng(),
-         **size)
+    pipe(prompt=PROMPT, num_inference_steps=4, guidance_scale=lam, output_type="latent",
+         generator=rng(), height=16, width=16)
     return *seen[step], pipe
 
 
@@ -255,7 +272,7 @@ def test_pipeline_takes_the_saved_lora(family, tmp_path):
         expected = phi(x_t, t, cond, None)
         torch.testing.assert_close(prior.eps_of(loaded, x_t, t, cond), expected,
                                    rtol=1e-4, atol=1e-4)
-        again = LoRAPhi(prior, init=tmp_path, seed=5)
+        again = LoRAPhi(prior, phi_init=tmp_path, seed=5)
         assert torch.equal(again(x_t, t, cond, None), expected)
         assert not torch.allclose(expected, prior.eps(x_t, t, cond), atol=1e-2)
     assert same(tensors, prior.network.state_dict())
@@ -444,13 +461,44 @@ def test_a_run_of_every_family(family_folders, name, tmp_path, monkeypatch, caps
     """It runs, resumes bit-identically and saves a φ that the pipeline takes."""
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(family_folders[name]), "--size", "16", "--device", "cpu"]
-    start = ["--prompt", PROMPT, "--save-every", "1", *model]
-    assert asd.main([*start, "--steps", "3", "--out", "whole"]) == 0
-    assert asd.main([*start, "--steps", "2", "--out", "parts", "--t-late", "0"]) == 0
-    capsys.readouterr()
-    assert asd.main(["--resume", "whole", "--steps", "4"]) == 0
+    start = ["--prompt", PROMPT, "--save-every", "1", "--vae-tiling", *model]
+    assert asd.main([*start, "--steps", "4", "--out", "whole"]) == 0
+    assert asd.main([*start, "--steps", "2", "--out", "parts"]) == 0
+    assert asd.main(["--resume", "parts", "--steps", "4"]) == 0
+    ends = [load_file(tmp_path / out / "checkpoint.safetensors") for out in ("whole", "parts")]
+    assert all(same(*([{k: v for k, v in end.items() if part in k} for end in ends]))
+               for part in ("theta", "phi"))
     for file in ("final.png", "progress.png", "phi/pytorch_lora_weights.safetensors"):
         assert (tmp_path / "whole" / file).exists()
     pipe = pipeline(family_folders[name])
     pipe.load_lora_weights(tmp_path / "whole" / "phi")
+    assert asd.main([*start, "--steps", "1", "--out", "third", "--phi-init", "whole/phi"]) == 0
+    with pytest.raises(UserError, match="multiple"):
+        Prior.from_pretrained(family_folders[name], "cpu", size=17)
+
+
+@pytest.mark.parametrize("name, flags, expected", [
+    ("asd", [], {"lr": 0.03, "phi_lr": 1e-4, "omega": "sigma2", "steps": 500, "t_late": 1.0,
+                 "gamma": -1.0, "lam": 7.5}),
+    ("asd", ["--settings", "tiny"], {"lr": 0.01, "phi_lr": 1e-3, "omega": "1", "steps": 350}),
+    ("asd", ["--model", "tiny-sd"], {"settings": "tiny", "lr": 0.01}),
+    ("asd", ["--model", "tiny-sd", "--settings", "paper", "--lr", "0.5"], {
+        "lr": 0.5, "phi_lr": 1e-4}),
+    ("variants", ["--method", "csd"], {"lr": 0.03, "steps": 500}),
+    ("text_to_3d", [], {"gamma": -0.5, "levels": 16, "table": 19, "steps": 25000, "samples": 512}),
+    ("editing", ["--image", "a.png", "--source", "a", "--target", "b"], {
+        "lr": 0.0488, "optimizer": "sgd", "steps": 200, "gamma": -1.0, "phi_z": "eq9"})])
+def test_settings_travel_with_the_model(tmp_path, monkeypatch, name, flags, expected):
+    """A real model's are the paper's, tiny-sd's are those measured on it, given ones are given."""
+    import runs
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(runs, "run", lambda command, settings, *_: seen.append(settings))
+    command = __import__(name)
+    model = [] if "--model" in flags else ["--model", "some/stable-diffusion"]
+    prompt = [] if name == "editing" else ["--prompt", PROMPT]
+    assert command.main([*prompt, *model, *flags]) == 0
+    assert expected.items() <= seen[0].items()
+    assert seen[0]["settings"] == ("tiny" if "tiny" in flags or flags == ["--model", "tiny-sd"]
+                                   else "paper")
 

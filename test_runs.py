@@ -62,7 +62,7 @@ def caller(main, model, capsys):
         flags = [str(flag) for flag in flags]
         if "--resume" not in flags:
             for default in (["--model", model], ["--prompt", "a red apple"], ["--steps", "3"],
-                            ["--out", "run"], ["--device", "cpu"]):
+                            ["--out", "run"], ["--device", "cpu"], ["--settings", "tiny"]):
                 flags += default if default[0] not in flags else []
         try:
             status = main(flags)
@@ -104,7 +104,8 @@ def same_run(a, b):
 def one_line(result, *parts, name="asd.py"):
     """The user made a mistake: status 2, a single line that says so, nothing on stdout."""
     status, out, err = result
-    lines = [line for line in re.split(r"[\r\n]+", err) if line and "%|" not in line]
+    lines = [line for line in re.split(r"[\r\n]+", err)
+             if line and "%|" not in line and ", settings " not in line]     # its first, and bars
     assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: "), err[-900:]
     assert out == "" and "Traceback" not in err
     for part in parts:
@@ -147,7 +148,9 @@ def test_a_shell_shows_the_bar_and_the_path(model, tmp_path):
     done = subprocess.run([sys.executable, HERE / "asd.py", *flags], cwd=tmp_path, text=True,
                           capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert (done.returncode, done.stdout) == (0, "outputs/asd-a-red-apple-0/final.png\n")
-    assert [line for line in re.split(r"[\r\n]+", done.stderr) if line and "%|" not in line] == []
+    first, *others = [line for line in re.split(r"[\r\n]+", done.stderr) if line]
+    assert first.startswith("asd.py: asd, settings paper (§6: ProlificDreamer-2D's")
+    assert all("%|" in line for line in others)
 
 
 def test_final_picture_is_theta_decoded(cli, model):

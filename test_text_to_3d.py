@@ -145,8 +145,9 @@ def cli(folders, tmp_path, monkeypatch, coarse, capsys):      # noqa: F811
 
     def call(*flags):
         if "--resume" not in flags:
-            flags = ("--prompt", "a red ball", "--model", str(folders["epsilon"]), "--out", "run",
-                     "--device", "cpu", "--samples", "8", "--resolution", "8", "16", *flags)
+            flags = ("--prompt", "a red ball", "--model", str(folders["epsilon"]), "--settings",
+                     "tiny", "--out", "run", "--device", "cpu", "--samples", "8",
+                     "--resolution", "8", "16", *flags)
         status = text_to_3d.main([str(flag) for flag in flags])
         return status, *capsys.readouterr()
     return call

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import asd
+import export
 import prior as prior_file
 import reproduce
 import runs
@@ -910,7 +911,7 @@ def test_a_resumed_run_keeps_every_setting(cli, monkeypatch):
 def test_a_file_that_was_not_written_whole_is_not_there(tmp_path, error):
     """Ctrl-C, or a full disk, between writing and moving: what was there before stays."""
     (tmp_path / "a").write_text("before")
-    with pytest.raises(error), runs.moved_into(tmp_path / "a") as temporary:
+    with pytest.raises(error), export.moved_into(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise error
     assert contents(tmp_path) == {"a": b"before"}

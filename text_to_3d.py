@@ -154,7 +154,16 @@ def eight_views(prompt):
 SCENE = {name: p.default for name, p in inspect.signature(Scene).parameters.items()
          if p.default is not p.empty}
 DEFAULTS = SCENE | {"prompt": None, "blob": 10.0, "blob_radius": 0.5, "threshold": 10.0,
-                    "kernels": "auto"}
+                    "kernels": "auto", "levels": 8, "table": 15, "finest": 96}
+
+
+# its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (2.1), its
+# opacity term begins after 10000 steps, its background is a network
+PAPER = ("§6: threestudio's VSD setting with λ 7.5, γ −0.5", {
+         "lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-4, "steps": 25000, "t_late": 0.2, "late": 0.2,
+         "views": 1, "samples": 512, "resolution": (64, 512), "elevation": (-10.0, 45.0),
+         "overhead": 0.0, "distance": (1.0, 1.5), "fovy": (40.0, 70.0), "background": "learnt",
+         "sparsity": 10.0, "opaque": 0.0, "levels": 16, "table": 19, "finest": 4096})
 
 
 def methods():
@@ -191,6 +200,9 @@ def add_flags(add):
     add("--opaque", type=some, help="weight against half-tones (default 100)")
     add("--blob", type=some, help="density at the origin at the start (default 10)")
     add("--blob-radius", type=runs.number(float, 1e-3), help="where it ends (default 0.5)")
+    add("--levels", type=runs.number(int, 1, 32), help="of the hash grid (default 8)")
+    add("--table", type=runs.number(int, 4, 24), help="log2 of its entries a level (default 15)")
+    add("--finest", type=runs.number(int, 8, 8192), help="cells of its finest level (default 96)")
     add("--threshold", type=runs.number(float, 0), help="density of the mesh's surface "
         "(default 10)")
     add("--kernels", choices=["auto", "torch", "triton"], help="default auto: Triton on CUDA")
@@ -209,7 +221,8 @@ def build(settings, prior, method, rng, folder, anew):
     """The Scene, and φ: a LoRA is told the camera, and the prompt without the view."""
     use_triton(settings["kernels"], torch.empty(0, device=prior.device))     # ValueError, if not
     nerf = NeRF(blob=settings["blob"], blob_radius=settings["blob_radius"],
-                kernels=settings["kernels"], seed=settings["seed"])
+                kernels=settings["kernels"], seed=settings["seed"], levels=settings["levels"],
+                size=2 ** settings["table"], finest=settings["finest"])
     scene = Scene(prior, nerf, settings["prompt"], rng, method.steps,
                   **{key: settings[key] for key in SCENE})
     cond = prior.encode_text([settings["prompt"]])
@@ -241,7 +254,7 @@ def main(argv=None):
         "like the prompt (Adversarial Score Distillation).", methods(), variants.ALL_PHIS,
         asd.CHOICES, build, asd.distill, add_flags=add_flags, defaults=DEFAULTS,
         options=variants.OPTIONS, prompts=lambda settings: [settings["prompt"] or ""], check=check,
-        finish=finish, measure=measure), argv)
+        finish=finish, measure=measure, paper=PAPER), argv)
 
 
 if __name__ == "__main__":

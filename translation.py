@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from export import moved_into, write_grid
 from phi import untrained
 from prior import Prior, UserError, ddim_samples
 from runs import (
     Parser,
     encode_folder,
     guarded,
-    moved_into,
     number,
     place,
     read_folder,
@@ -30,7 +30,6 @@ from runs import (
     read_text,
     regular,
     usable,
-    write_grid,
 )
 
 DEFAULTS = {"network": False, "things": None, "batch": 8, "pictures": 64}

@@ -471,7 +471,7 @@ def main(argv=None):
         METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill, default=None,
         add_flags=add_flags, options=OPTIONS, check=check, defaults={
             "prompt": None, "particles": 1, "init": None, "pixels": False, "real": None,
-            "generator": "latents"}), given)
+            "generator": "latents"}, paper=asd.PAPER), given)
 
 
 if __name__ == "__main__":
