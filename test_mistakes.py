@@ -304,6 +304,14 @@ def test_a_message_is_one_short_printable_line(refused, command, flags, text):
     assert line.isprintable() and len(line) <= 300
 
 
+@pytest.mark.parametrize("length", [280, 290, 295, 300, 305, 9999])
+def test_a_long_message_keeps_both_its_ends(capsys, length):
+    runs.say("asd.py", "b" + length * "x" + "e")
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert len(line) <= 300 and line.startswith("asd.py: bx") and line.endswith("xe")
+    assert ("..." in line) == (length > 290)
+
+
 def test_ten_thousand_earlier_runs(tmp_path, monkeypatch):
     tried = []
     monkeypatch.setattr(runs, "claimed",
