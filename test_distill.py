@@ -937,6 +937,22 @@ def test_phi_is_told_lam_phi(prior):
             torch.testing.assert_close(guided, without + lam_phi * (with_y - without))
 
 
+@pytest.mark.parametrize("lam", [5.0, 1.0])
+def test_phi_is_told_what_the_prior_says(prior, lam):
+    """ε_∅ and ε_y at its x_t; where λ = 1 does not need ε_∅, ε_y stands for it."""
+    heard = []
+
+    class Listening(NoisePhi):
+        def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+            heard.append((x_t, t, cond, eps_uncond, eps_y))
+            return eps
+    go(prior, method_of("sds", steps=1, lam=lam), phi=Listening(), particles=2)
+    (x_t, t, cond, eps_uncond, eps_y), = heard
+    null = prior.encode_text([""]).expand_as(cond)
+    torch.testing.assert_close(eps_y, prior.eps(x_t, t, cond))
+    torch.testing.assert_close(eps_uncond, eps_y if lam == 1 else prior.eps(x_t, t, null))
+
+
 def test_draws_reach_both_ends(prior):
     x0 = torch.zeros(200, *prior.shape)
     t, eps = asd.draw(rng(), x0, 3, 5)
