@@ -3,6 +3,7 @@
 The settings of a stored run, files that are none, texts that are none, what does not fit; and that
 no command unpickles anything or asks for a connection where the model is a local folder.
 """
+import faulthandler
 import functools
 import io
 import json
@@ -10,7 +11,6 @@ import math
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,13 +38,10 @@ COMMANDS = {"asd": asd, "variants": variants, "editing": editing, "text_to_3d": 
 
 @pytest.fixture(autouse=True)
 def nothing_waits():
-    """Five minutes at most: what waits for ever fails."""
-    def stop(*_):
-        pytest.fail("it waits")
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(300)
+    """Five minutes at most: what waits for ever, be it in C, ends all the tests with its place."""
+    faulthandler.dump_traceback_later(300, exit=True, file=sys.__stderr__)
     yield
-    signal.alarm(0)
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
