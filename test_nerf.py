@@ -451,6 +451,8 @@ def test_render_of_nothing_and_of_a_wall():
     close(wall.depth, first, **TIGHT)
     f = field(sigma=1e6)
     close(wall.rgb, f(o + first[:, None] * d, d)[1], **TIGHT)
+    f.forward = lambda x, d: (torch.full_like(x[:, 0], 1e6), d)
+    close(render(f, o, d, 4).rgb, d, **TIGHT)                 # each sample is told its own ray's
 
 
 def test_stratified_samples_stay_in_their_interval(monkeypatch):
@@ -757,9 +759,9 @@ def test_fit_finds_a_ball():
 
 
 def test_fit_lets_its_rate_fall_and_renews_the_grid(monkeypatch):
-    """To a tenth over the steps; each 16th step, for the samples' spacing."""
+    """To a tenth over the steps; each 16th step, for the samples' spacing. And on its ground."""
     learnt, _ = nerf.builtin_scene("ball", "blue", 2, 0, 8)
-    field, rates, spacings = small(box=1.5), [], []
+    field, rates, spacings, grounds, ground = small(box=1.5), [], [], [], (0.2, 0.4, 0.6)
     monkeypatch.setattr(field, "update_grid", lambda spacing, rng: spacings.append(spacing))
 
     class Noted(torch.optim.Adam):
@@ -767,7 +769,9 @@ def test_fit_lets_its_rate_fall_and_renews_the_grid(monkeypatch):
             rates.append(self.param_groups[0]["lr"])
             return super().step(*args)
     monkeypatch.setattr(torch.optim, "Adam", Noted)
-    nerf.fit(field, learnt, 20, 16, 6, lr=0.1)
+    monkeypatch.setattr(nerf, "render", lambda *args: grounds.append(args[4]) or render(*args))
+    nerf.fit(field, learnt, 20, 16, 6, lr=0.1, background=ground)
+    assert all(torch.equal(each, torch.tensor(ground)) for each in grounds)
     assert rates == pytest.approx([0.1 * 0.1 ** (step / 20) for step in range(20)])
     assert spacings == [0.5, 0.5]
 
