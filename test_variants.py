@@ -399,7 +399,7 @@ def test_bridge_solves_the_odes_of_each_prompt(prior):  # noqa: F811
 
 
 @pytest.mark.parametrize("words, first", [
-    ({}, 5), ({"target_words": "x"}, 5), ({"source_words": "x"}, 0), ({"bridge_start": 0.3}, 3),
+    ({}, 5), ({"target_words": "x"}, 5), ({"source_words": "x"}, 0), ({"bridge_start": 0.37}, 4),
     ({"source_words": "x", "bridge_start": 1.0}, 10)])
 def test_bridge_begins(prior, words, first):  # noqa: F811
     assert Bridge(prior, [PROMPT], 40.0, 10, **words).first == first
