@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import asd
 import text_to_3d
-from nerf import NeRF
+from nerf import NeRF, Picture
 from test_distill import folders  # noqa: F401 (a fixture)
 from test_nerf import Ball, close, cuda, rng, small
 from tiny import solids
@@ -89,6 +89,15 @@ def test_scene_renders_finer_later():
         s()
         sizes.append(s.opacity.shape[-1])
     assert sizes == [4, 4, 16, 16] and s.step == 4
+
+
+def test_scene_is_enlarged_linearly():
+    """From 4 pixels to 16, each in the middle of its square; then Eye's pairs are averaged."""
+    s = make_scene(views=1)
+    ramp = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 4, 4, 3)
+    s.picture = lambda *_: Picture(ramp, torch.ones(1, 4, 4), None)
+    expected = ((torch.arange(16) + 0.5) / 4 - 0.5).clamp(0, 3).view(8, 2).mean(1)
+    close(s()[0], expected.expand(1, 3, 8, 8))
 
 
 def test_scene_regularisers_by_hand():
