@@ -362,7 +362,8 @@ def told_again(stored, command):
         raise UserError(message)
     parser, words = make_parser(command), []
     parser.error = refuse
-    settings = usual(str(stored["method"]), command, stored.get("settings", "tiny"))
+    column = "paper" if stored.get("settings") == "paper" else "tiny"
+    settings = usual(str(stored["method"]), command, column)
     row = asdict(command.methods[stored["method"]])
     for action in parser._actions:
         key, flag, default = action.dest, action.option_strings[0], settings.get(action.dest)

@@ -141,11 +141,13 @@ def test_what_a_run_stores_passes_its_own_checks(stored, tmp_path, monkeypatch, 
 
 # ------------------------------------------------------------------------- another model, or place
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_other_weights_are_refused(cli, model, part):                           # noqa: F811
+def test_other_weights_are_refused(cli, monkeypatch, part):                     # noqa: F811
     """… by --resume, whichever part's they are; its own are taken again."""
+    priors, fingerprint = [], runs.fingerprint
+    monkeypatch.setattr(runs, "fingerprint", lambda prior: priors.append(prior) or
+                        fingerprint(prior))
     cli()
-    before, (weight, *_) = contents("run"), load_once(
-        model, "cpu", None).pipe.components[part].parameters()
+    before, (weight, *_) = contents("run"), priors[0].pipe.components[part].parameters()
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.flatten()[-1] += 1
