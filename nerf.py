@@ -185,9 +185,10 @@ class NeRF(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         rows = layout(self.resolutions, size)[0][-1]
         self.table = nn.Parameter(1e-4 * (2 * torch.rand(rows, features, generator=rng) - 1))
-        self.inner = nn.Sequential(nn.Linear(levels * features, width), nn.ReLU(),
-                                   nn.Linear(width, 16))                 # log-density and features
-        self.outer = nn.Sequential(nn.Linear(15 + 3 * view, width), nn.ReLU(), nn.Linear(width, 3))
+        linear = functools.partial(nn.utils.skip_init, nn.Linear)      # draws nothing by itself
+        self.inner = nn.Sequential(linear(levels * features, width), nn.ReLU(),
+                                   linear(width, 16))                    # log-density and features
+        self.outer = nn.Sequential(linear(15 + 3 * view, width), nn.ReLU(), linear(width, 3))
         for layer in (*self.inner, *self.outer):
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_uniform_(layer.weight, math.sqrt(5), generator=rng)

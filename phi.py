@@ -58,8 +58,10 @@ class LoRAPhi(nn.Module):
         self.prior, self.cond, self.camera = prior, cond, camera
         self.network = second_view(prior.network)
         # made without values, so that none are drawn from the global generator; scale α / r = 1
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)),
-                                self.network, low_cpu_mem_usage=True)
+        # (peft's own low_cpu_mem_usage changes nn.Module for every thread while it works)
+        with torch.device("meta"):
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank,
+                                               target_modules=list(targets)), self.network)
         rng = torch.Generator().manual_seed(seed)
         values = {name: torch.randn(p.shape, generator=rng) / rank if "lora_A" in name
                   else torch.zeros(p.shape)                       # step 0: nothing is changed
@@ -151,6 +153,7 @@ class EmbeddingPhi(nn.Module):
         self.words = nn.ParameterList()
         for encoder, tokenizer in zip(
                 self.encoders, (getattr(pipe, f"tokenizer{name}") for name in parts)):
+            tokenizer = copy.deepcopy(tokenizer)     # it keeps its padding, for all threads alike
             table = encoder.get_input_embeddings().weight
             limit = tokenizer.model_max_length
             if not 1 <= tokens <= limit - 2:

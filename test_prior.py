@@ -502,3 +502,21 @@ def test_settings_travel_with_the_model(tmp_path, monkeypatch, name, flags, expe
     assert seen[0]["settings"] == ("tiny" if "tiny" in flags or flags == ["--model", "tiny-sd"]
                                    else "paper")
 
+
+
+@pytest.mark.parametrize("make_it", [
+    lambda tiny: LoRAPhi(tiny, camera=16, seed=3), lambda tiny: EmbeddingPhi(tiny, PROMPT),
+    lambda tiny: __import__("nerf").NeRF(),
+    lambda tiny: __import__("tiny.corrective").corrective.load_bias(tiny),
+    lambda tiny: __import__("variants").Network(tiny, tiny.encode_text([PROMPT]), rng()),
+    lambda tiny: __import__("translation").Translator(
+        tiny, *[torch.zeros(1, *tiny.shape)] + [tiny.encode_text([PROMPT])] * 2, rng=rng())],
+    ids=["lora", "embedding", "nerf", "corrective", "network", "translator"])
+def test_nothing_is_drawn_from_the_global_generator(doors, make_it):
+    """Made in four threads at once, it is the same four times; the global generator stays."""
+    from concurrent.futures import ThreadPoolExecutor
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: make_it(doors[0]).state_dict(), range(4)))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(same(made[0], other) for other in made[1:])

@@ -358,9 +358,12 @@ def export(folder, pipe):
     if (data.DATA / "tokenizer").is_dir():         # in CLIP's own format, beside tokenizer.json
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(data.DATA / "tokenizer" / name, Path(folder) / "tokenizer" / name)
-    # transformers loads in the dtype its config names, diffusers in float32 where none is asked for
-    config = Path(folder) / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    for config in (*Path(folder).glob("*/config.json"), Path(folder) / "model_index.json"):
+        told = json.loads(config.read_text())
+        told.pop("_name_or_path", None)                        # a place on this machine
+        if "dtype" in told:      # in which transformers loads; diffusers in float32 where unasked
+            told["dtype"] = "float32"
+        config.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def write_folder(folder, write):
