@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import sys
@@ -108,6 +109,15 @@ class Forgiving:
         return attempt if name in ("write", "flush") else getattr(self.stream, name)
 
 
+def flush_stdout():
+    """OSError where the disk behind it is full; what it holds is dropped, or Python fails again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
 def guarded(name, work, less="--micro-batch 1 or --checkpointing", go_on=str, mistakes=UserError):
     """work(), all of a command -> exit status; mistakes are one line. go_on(): after Ctrl-C."""
     with redirect_stderr(Forgiving(sys.stderr)):
@@ -115,7 +125,7 @@ def guarded(name, work, less="--micro-batch 1 or --checkpointing", go_on=str, mi
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             work()
-            sys.stdout.flush()
+            flush_stdout()
         except (UserError, FloatingPointError, OSError, SafetensorError, ImportError, Warning,
                 mistakes) as mistake:
             mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""

@@ -280,6 +280,12 @@ def test_what_does_not_fit_is_one_line(refused, command, flags, part):
     refused(command, *flags, part=part)
 
 
+def test_pictures_beyond_the_memory_are_one_line(refused, monkeypatch):
+    """A little more than there is would end the process, not raise."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    refused(nerf, "red mug", part="out of memory: try a smaller --size")
+
+
 @pytest.mark.parametrize("command, flags", [
     (asd, ["--prompt"]), (asd, ["--prompt", "a", "--init"]), (asd, ["--prompt", "a", "--out"]),
     (asd, ["--resume"]), (asd, ["--method"]), (variants, ["train-corrective", "--out"]),
@@ -380,6 +386,13 @@ def test_a_full_disk_behind_stderr(model, tmp_path):        # noqa: F811
                 [sys.executable, HERE / "asd.py", "--prompt", "a fox", "--model", model, "--steps",
                  "1", *flags], cwd=tmp_path, stderr=full, stdout=subprocess.DEVNULL)
         assert done.returncode == status
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:              # behind stdout the result is not told
+        done = subprocess.run(
+            [sys.executable, HERE / "asd.py", "--prompt", "a fox", "--model", model, "--steps",
+             "1"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=full, text=True, env=buffered)
+    assert done.returncode == 2 and done.stderr.endswith("No space left on device\n")
+    assert "Traceback" not in done.stderr
 
 
 # --------------------------------------------------------------- nothing is unpickled, nobody asked
