@@ -192,8 +192,8 @@ class Command:
 
 
 def takes(phi):
-    """What the maker of a φ may be told beside prior and prompts: names. (--init is a picture.)"""
-    return [name for name in list(inspect.signature(phi).parameters)[2:] if name != "init"]
+    """What the maker of a φ may be told beside prior and prompts: names."""
+    return list(inspect.signature(phi).parameters)[2:]
 
 
 def told(settings, phi):

@@ -542,8 +542,15 @@ def sample(args):
 
 
 # ----------------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    """Errors on one line."""
+
+    def error(self, message):
+        self.exit(2, f"make.py: {message}\n")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="make.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="make.py", description="Make tiny/sd and its judge, tiny/clip.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("data", help="download and draw the pictures")
     p = commands.add_parser("train", help="train a part")
