@@ -58,15 +58,14 @@ def encode_sd(pipe, prompt, device):
 
 
 def encode_sd3(pipe, prompt, device):
-    words = {"prompt": prompt} | ({} if "XL" in type(pipe).__name__ else dict.fromkeys(
-        ("prompt_2", "prompt_3")))
-    tokens, _, pooled, _ = pipe.encode_prompt(**words, device=device,
+    tokens, _, pooled, _ = pipe.encode_prompt(prompt, None, None, device,
                                               do_classifier_free_guidance=False)
     return tokens, pooled
 
 
 def encode_sdxl(pipe, prompt, device):
-    tokens, pooled = encode_sd3(pipe, prompt, device)
+    tokens, _, pooled, _ = pipe.encode_prompt(prompt, None, device,
+                                              do_classifier_free_guidance=False)
     # its null prompt is zeros, not the empty text
     zero = not prompt and pipe.config.force_zeros_for_empty_prompt
     return (torch.zeros_like(tokens), torch.zeros_like(pooled)) if zero else (tokens, pooled)
@@ -155,7 +154,6 @@ class Prior:
         self.alphas, self.sigmas = (v.to(self.device) for v in self.schedule())
         self.center, self.scale = (v.to(self.device) for v in self.latent_units())
         self.encoded = {}                                          # {prompt: cond [L, C]}
-        self.pooled = 0
         pooled = self.family.encode(pipe, "", self.device)[1]
         self.pooled = 0 if pooled is None else pooled.shape[1]
 
@@ -179,7 +177,6 @@ class Prior:
         pipe = load_pipeline(path_or_name, dtype, config)
         if dtype == torch.float16:
             pipe.vae.float()              # Stable Diffusion's VAE overflows in half precision
-        prior = None
         try:
             prior = cls(pipe.to(device), str(path_or_name), size)
             prior.try_out()

@@ -1382,8 +1382,9 @@ def big(folders):
         unet = UNet2DConditionModel(
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1024,
             attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
-    return Prior(*(part.to("cuda", torch.bfloat16) for part in (unet, pipe.vae, text_encoder)),
-                 pipe.tokenizer, pipe.scheduler)
+    return Prior(StableDiffusionPipeline(**pipe.components | {
+        "unet": unet, "text_encoder": text_encoder}, requires_safety_checker=False).to(
+            "cuda", torch.bfloat16))
 
 
 @cuda

@@ -229,6 +229,12 @@ def cached_latents(vae, pictures, flip, variants=4):
     return torch.stack(versions)
 
 
+def balanced(rows):
+    """-> which rows are solids [N], and their chances to be drawn: four pictures in ten are."""
+    solid = torch.tensor([row["style"] == "solid" for row in rows])
+    return solid, 0.4 * solid / solid.sum() + 0.6 * ~solid / (~solid).sum()
+
+
 def train_unet(args, pipe, pictures, rows):
     """UNet and text encoder together on cached latents; 10 % of the captions are null."""
     from diffusers.models.attention_processor import AttnProcessor
@@ -236,8 +242,7 @@ def train_unet(args, pipe, pictures, rows):
     unet.set_attn_processor(AttnProcessor())        # written out: the fused one is slow in bf16
     training = trainer(args, torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
                        6e-4)
-    solid = torch.tensor([row["style"] == "solid" for row in rows])
-    weight = 0.4 * solid / solid.sum() + 0.6 * ~solid / (~solid).sum()
+    solid, weight = balanced(rows)
     latents = cached_latents(pipe.vae, pictures, 0.5 * ~solid)
     ids = torch.stack([tokenize(pipe.tokenizer, [row["captions"][k] for row in rows])
                        for k in (0, 1)]).to(args.device)
@@ -278,8 +283,7 @@ def train_clip(args, clip, tokenizer, pictures, rows):
     true_of = torch.tensor([[number[c] for c in some[:2]] for some in captions])
     views = torch.tensor([[number[c] for c in some[2:]] or [-1] * 4 for some in captions])
     ids = tokenize(tokenizer, texts).to(args.device)
-    solid = torch.tensor([row["style"] == "solid" for row in rows])
-    weight = 0.4 * solid / solid.sum() + 0.6 * ~solid / (~solid).sum()
+    _, weight = balanced(rows)
 
     def loss_function():
         row = torch.multinomial(weight, 128, replacement=True)
@@ -559,7 +563,7 @@ def parse(argv):
     p.add_argument("--decay", type=float, default=0.0, metavar="MINUTES",
                    help="then its rate falls to zero and the weights are written (default: never)")
     p.add_argument("--bf16", action="store_true",
-                   help="the UNet in bfloat16: half the time where the CPU has it (avx512_bf16, "
+                   help="unet, clip: in bfloat16: half the time where the CPU has it (avx512_bf16, "
                         "amx), up to 20 times as much where it has not")
     p = commands.add_parser("evaluate", help="print the numbers of the model cards")
     p = commands.add_parser("sample", help="text-to-image; without prompts the contact sheet")
