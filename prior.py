@@ -213,7 +213,7 @@ class Prior:
                 raise UserError(f"predicts {self.prediction_type}: only ε, v and flow models do")
             alpha_bar = scheduler.alphas_cumprod.float()
             return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        if not type(scheduler).__name__.startswith("FlowMatch"):
+        if self.family.mu is None or not type(scheduler).__name__.startswith("FlowMatch"):
             raise UserError(f"has a {type(scheduler).__name__}: no noise schedule known here")
         self.prediction_type = "flow"
         T = scheduler.config.num_train_timesteps

@@ -355,6 +355,41 @@ def test_configurations_that_do_not_fit_are_refused(family_folders, tmp_path, fi
     assert "\n" not in str(caught.value)
 
 
+def odd_part(name):
+    """A part of another kind than its pipeline's."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+    unet = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16),
+            "norm_num_groups": 4, "cross_attention_dim": 32, "attention_head_dim": 2,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    if name in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"):
+        return {"scheduler": getattr(diffusers, name)()}
+    if name == "AutoencoderTiny":
+        return {"vae": diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4)}
+    if name == "small vocabulary":
+        return {"text_encoder": CLIPTextModel(CLIPTextConfig(
+            vocab_size=5, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))}
+    changes = {"eight outputs": {"out_channels": 8}, "classes": {"num_class_embeds": 3},
+               "another width": {"cross_attention_dim": 24}}[name]
+    return {"unet": diffusers.UNet2DConditionModel(**unet | changes)}
+
+
+@pytest.mark.parametrize("name", [
+    "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "AutoencoderTiny", "small vocabulary",
+    "eight outputs", "classes", "another width"])
+def test_parts_that_do_not_fit_together_are_refused(folders, tmp_path, name):  # noqa: F811
+    """Each is a valid part; one evaluation of all of them tells."""
+    from diffusers import StableDiffusionPipeline
+    parts = pipeline(folders["epsilon"]).components | odd_part(name)
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=str(tmp_path)) as caught:
+        Prior.from_pretrained(tmp_path, "cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_part_stored_in_half_precision_alone(family_folders, tmp_path):
     """Some publishers store one part as *.fp16.safetensors only, and others whole."""
     folder = shutil.copytree(family_folders["sdxl"], tmp_path / "model")
