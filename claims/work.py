@@ -1,0 +1,166 @@
+"""work.py — what every claim is made of: jobs that are kept, paired differences, a verdict.
+
+A Job is a function and its arguments; what it returns, tensors by name, is kept in outputs/claims/
+under a name that has a key of all that it depends on: the weights in tiny/, the arguments, and the
+code that it can reach (comments and docstrings apart). A Claim names its jobs and turns what they
+returned into tests; one rule, written before any run, turns the tests into a verdict.
+"""
+import ast
+import functools
+import hashlib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+from export import moved_into
+from prior import HERE, UserError
+from tiny.corrective import fingerprint
+
+KEPT = Path("outputs/claims")
+RULE = ("Each test is a difference that the paper says is positive, paired run by run (the same "
+        "prompt or solid and seed). It is sure where its mean is more than two standard errors "
+        "from 0. The claim holds if all its tests are surely positive; it does not hold here if "
+        "one is surely negative; else it is undecided.")
+
+
+# ------------------------------------------------------------------------------------------ jobs
+@dataclass(frozen=True)
+class Job:
+    """function(**arguments) -> {name: tensor}, once. minutes: what it takes, one thread of two."""
+    name: str
+    function: Callable
+    arguments: dict
+    minutes: float
+
+    @property
+    def file(self):
+        key = fingerprint(weights(), code_of(self.function.__name__), self.arguments)
+        return KEPT / f"{self.name}-{key}.safetensors"
+
+    def result(self):
+        """What it returned; UserError where it has not been made."""
+        from safetensors.torch import load_file
+        if not self.file.exists():
+            raise UserError(f"{self.file} is not there: run the claim first")
+        return load_file(self.file)
+
+
+def make(jobs, part="1/1"):
+    """Make this part ("1/2", …) of the jobs; those that are there are not made again.
+
+    -> whether all are there now.
+    """
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+    i, _, n = part.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise UserError(f"--part {part} is no part: 1/2 is the first of two")
+    missing = [job for job in jobs[int(i) - 1::int(n)] if not job.file.exists()]
+    with tqdm(total=round(sum(job.minutes for job in missing)), disable=not missing,
+              desc=f"part {part}", unit="min", file=sys.stderr) as bar:
+        for job in missing:
+            bar.set_postfix_str(job.name)
+            job.file.parent.mkdir(parents=True, exist_ok=True)
+            made = {name: x.contiguous() for name, x in job.function(**job.arguments).items()}
+            with moved_into(job.file) as temporary:
+                save_file(made, temporary)
+            bar.update(job.minutes)
+    return all(job.file.exists() for job in jobs)
+
+
+@functools.cache
+def weights():
+    """A digest of the embedded models' weights."""
+    digest = hashlib.sha256()
+    for file in sorted((HERE / "tiny").rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+@functools.cache
+def definitions():
+    """{name: [what it is, without docstrings, …]} of all that the modules define at their top."""
+    found = {}
+    for file in sorted([*HERE.glob("*.py"), *HERE.glob("tiny/*.py"), *HERE.glob("claims/*.py")]):
+        if file.name.startswith(("test_", "conftest")):
+            continue
+        for node in ast.parse(file.read_text("utf-8")).body:
+            named = [node.name] if hasattr(node, "name") else [
+                name.id for name in ast.walk(node)
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+            for each in ast.walk(node):
+                body = getattr(each, "body", None)
+                if isinstance(body, list) and isinstance(body[0], ast.Expr) \
+                        and isinstance(body[0].value, ast.Constant) and len(body) > 1:
+                    del body[0]
+            for name in named:
+                found.setdefault(name, []).append(node)
+    return found
+
+
+@functools.cache
+def code_of(name):
+    """A digest of what a function can reach by name, in any module of ours: rather too much than
+    too little."""
+    reached, waiting = set(), [name]
+    while waiting:
+        name = waiting.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        for node in definitions().get(name, []):
+            waiting += {getattr(each, "id", None) or getattr(each, "attr", None)
+                        for each in ast.walk(node)} & definitions().keys()
+    return fingerprint(*(ast.dump(node) for name in sorted(reached)
+                         for node in definitions().get(name, [])))
+
+
+# ---------------------------------------------------------------------------- tests and verdicts
+@dataclass(frozen=True)
+class Claim:
+    """says: what the paper says, and where. jobs {key: Job}. tests(what the jobs returned by key)
+    -> {what is compared: its paired differences, positive if the paper is right}. figure(path,
+    what the jobs returned) draws. numbers(…) -> more of the table, {row: {measure: value}}. limits:
+    why the miniature may be no judge of this.
+    """
+    title: str
+    says: str
+    jobs: dict
+    tests: Callable
+    figure: Callable | None = None
+    numbers: Callable | None = None
+    limits: str = ""
+
+    @property
+    def minutes(self):
+        return sum(job.minutes for job in self.jobs.values())
+
+    def record(self):
+        """All that is said of it, as claims.json has it."""
+        results = {key: job.result() for key, job in self.jobs.items()}
+        tests = {name: dict(zip(("mean", "error", "n"), (*mean_and_error(each), len(each)),
+                                strict=True)) for name, each in self.tests(results).items()}
+        return {"claim": self.title, "paper": self.says, "verdict": verdict(tests.values()),
+                "tests": tests, "limits": self.limits,
+                "numbers": self.numbers(results) if self.numbers else {}}
+
+
+def mean_and_error(values):
+    """(mean, its standard error) of numbers; the error of one alone is not known: nan."""
+    values = [float(value) for value in values]
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan
+    spread = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(spread / len(values))
+
+
+def verdict(tests):
+    """RULE: tests, each {"mean": …, "error": …} -> "holds", "does not hold here", "undecided"."""
+    tests = list(tests)
+    if any(test["mean"] < -2 * test["error"] for test in tests):
+        return "does not hold here"
+    return "holds" if all(test["mean"] > 2 * test["error"] for test in tests) else "undecided"
