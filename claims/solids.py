@@ -4,10 +4,8 @@ import torch
 import asd
 import text_to_3d
 from claims.work import Job
-from export import picture_measures
 from nerf import orbit, rays, render
 from text_to_3d import view_scores
-from tiny.judge import clip_features
 
 SOLIDS = ["a red mug", "a blue car", "a yellow duck", "a green house", "a purple teapot"]
 SEEDS = range(3)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from export import moved_into
 from prior import HERE, UserError
 from tiny.corrective import fingerprint
@@ -37,7 +36,7 @@ class Job:
 
     @property
     def file(self):
-        key = fingerprint(weights(), code_of(self.function.__name__), self.arguments)
+        key = fingerprint(weights(), code_of(self.function), self.arguments)
         return KEPT / f"{self.name}-{key}.safetensors"
 
     def result(self):
@@ -82,40 +81,60 @@ def weights():
 
 @functools.cache
 def definitions():
-    """{name: [what it is, without docstrings, …]} of all that the modules define at their top."""
-    found = {}
-    for file in sorted([*HERE.glob("*.py"), *HERE.glob("tiny/*.py"), *HERE.glob("claims/*.py")]):
-        if file.name.startswith(("test_", "conftest")):
-            continue
-        for node in ast.parse(file.read_text("utf-8")).body:
+    """({(module, name): what it is, without docstrings}, {(module, alias): (module, name)}): what
+    our modules define at their top, and what they import of one another, wherever in them; the
+    name of a module itself is ""."""
+    files = [*HERE.glob("*.py"), *HERE.glob("tiny/*.py"), *HERE.glob("claims/*.py")]
+    trees = {".".join(file.relative_to(HERE).with_suffix("").parts): ast.parse(
+        file.read_text("utf-8")) for file in files if not file.name.startswith("test_")}
+    defined, imports = {}, {}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr) \
+                    and isinstance(body[0].value, ast.Constant):
+                del body[0]
+            if isinstance(node, ast.Import):
+                imports |= {(module, each.asname or each.name): (each.name, "")
+                            for each in node.names if each.name in trees}
+            elif isinstance(node, ast.ImportFrom):
+                for each in node.names:
+                    whole = f"{node.module}.{each.name}"
+                    imports[module, each.asname or each.name] = \
+                        (whole, "") if whole in trees else (node.module, each.name)
+        for node in tree.body:
             named = [node.name] if hasattr(node, "name") else [
-                name.id for name in ast.walk(node)
-                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
-            for each in ast.walk(node):
-                body = getattr(each, "body", None)
-                if isinstance(body, list) and isinstance(body[0], ast.Expr) \
-                        and isinstance(body[0].value, ast.Constant) and len(body) > 1:
-                    del body[0]
+                each.id for each in ast.walk(node)
+                if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)]
             for name in named:
-                found.setdefault(name, []).append(node)
-    return found
+                defined.setdefault((module, name), []).append(node)
+    return defined, imports
+
+
+def reached_from(module, name):
+    """All (module, name) of ours that a definition can reach."""
+    (defined, imports), reached, waiting = definitions(), set(), [(module, name)]
+    while waiting:
+        one = waiting.pop()
+        if one in reached:
+            continue
+        reached.add(one)
+        waiting += [imports[one]] if one in imports else []
+        for each in (part for node in defined.get(one, []) for part in ast.walk(node)):
+            if isinstance(each, ast.Name):
+                waiting.append((one[0], each.id))
+            elif isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name):
+                whole, nothing = imports.get((one[0], each.value.id), ("", None))
+                waiting += [(whole, each.attr)] if nothing == "" else []
+    return reached & defined.keys()
 
 
 @functools.cache
-def code_of(name):
-    """A digest of what a function can reach by name, in any module of ours: rather too much than
-    too little."""
-    reached, waiting = set(), [name]
-    while waiting:
-        name = waiting.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        for node in definitions().get(name, []):
-            waiting += {getattr(each, "id", None) or getattr(each, "attr", None)
-                        for each in ast.walk(node)} & definitions().keys()
-    return fingerprint(*(ast.dump(node) for name in sorted(reached)
-                         for node in definitions().get(name, [])))
+def code_of(function):
+    """A digest of what a function can reach in our modules."""
+    reached = reached_from(function.__module__, function.__name__)
+    return fingerprint(*(ast.dump(node) for one in sorted(reached)
+                         for node in definitions()[0][one]))
 
 
 # ---------------------------------------------------------------------------- tests and verdicts
