@@ -1,0 +1,470 @@
+"""pictures.py — the paper's claims about 2D distillation: Figs. 1, 4–8, §5's γ, §7.
+
+Every run makes fifteen pictures at once, five prompts by three seeds, each with noise and a φ of
+its own (OwnLoRA), so that they are fifteen runs in all but speed. They begin at the same noise
+whatever the method. Settings are asd.py's, but for what a job's arguments name.
+"""
+import functools
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import asd
+from claims.work import Claim, Job, mean_and_error
+from export import picture_measures, sheet
+from phi import second_view
+from prior import ddim_samples
+from tiny.judge import clip_features
+from variants import all_methods
+
+PROMPTS = ["a red apple", "a fox", "a hamburger", "a rocket", "a mushroom"]
+SEEDS = 3
+TEXTS = PROMPTS * SEEDS                       # of the fifteen pictures
+LATE = (0.6, 0.7, 0.8, 0.9, 1.0)              # of the steps: when the pictures are kept
+# tiny-sd has never seen the published words ("oversaturated, smooth …"): these are of its own
+BRIDGE = {"source_words": "a flat icon of {}", "target_words": "a 3d render of {}",
+          "bridge_start": 0.8}
+
+
+# --------------------------------------------------------------------------------- fifteen at once
+class OwnAdapters(nn.Module):
+    """A Linear with low-rank adapters for each of N samples: x [kN, L, in] -> [kN, L, out]."""
+
+    def __init__(self, base, samples, rank, rng):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(samples, rank, base.in_features, generator=rng) / rank)
+        self.up = nn.Parameter(torch.zeros(samples, base.out_features, rank))
+
+    def forward(self, x):
+        down, up = (each.repeat(len(x) // len(each), 1, 1) for each in (self.down, self.up))
+        return self.base(x) + x @ down.mT @ up.mT
+
+
+class OwnLoRA(nn.Module):
+    """φ for N particles that have nothing in common: N LoRAs of phi.LoRAPhi's kind in one network.
+
+    prompts: one for each particle. No parameter serves two particles and AdamW goes by elements, so
+    each learns what it would alone.
+    """
+    whole = True                              # a batch is never cut: sample i is particle i's
+
+    def __init__(self, prior, prompts, rank=4, seed=0):
+        super().__init__()
+        self.prior, self.network = prior, second_view(prior.network)
+        rng = torch.Generator().manual_seed(seed)
+        for name, layer in list(self.network.named_modules()):
+            if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+                self.network.set_submodule(name, OwnAdapters(layer, len(prompts), rank, rng))
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name.endswith((".down", ".up")))
+
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+        return self.prior.eps_of(self.network, x_t, t, cond)
+
+
+def to_bytes(images):
+    return (255 * images.detach().clamp(0, 1)).round().byte().cpu()
+
+
+def distilled(method, texts=TEXTS, start=None, words=None, seed=0, **changes):
+    """Pictures of the texts, one each. -> {"late": uint8 [5, N, 3, H, W] at LATE of the steps}.
+
+    method: a row of all_methods(), with `changes`; start: pictures to begin with, in place of
+    noise; words: of the φ's.
+    """
+    prior, row = asd.Prior.from_pretrained("tiny-sd"), replace(all_methods()[method], **changes)
+    if row.phi is asd.LoRAPhi:
+        row = replace(row, phi=OwnLoRA)
+    rng, late = torch.Generator().manual_seed(seed), []
+    latents = asd.Latents(prior, len(texts), rng, start)
+    phi = asd.make_phi(row, prior, list(texts), seed, **words or {})
+
+    def keep(state, terms):
+        if state.step in [round(part * row.steps) for part in LATE]:
+            late.append(to_bytes(latents.images()))
+    state = asd.State(latents, phi, row, rng)
+    asd.distill(prior, latents, prior.encode_text(texts), row, state=state, callback=keep)
+    return {"late": torch.stack(late)}
+
+
+def job(method, minutes=None, **arguments):
+    """What distilled() makes of a row, named by what is special about it."""
+    trained = all_methods()[method].phi is asd.LoRAPhi
+    words = [f"{key}{value:g}" for key, value in arguments.items() if key not in ("words", "texts")]
+    return Job("-".join(["picture", method, *words]), distilled, {"method": method} | arguments,
+               minutes or (3.5 if trained else 1.2))
+
+
+# -------------------------------------------------------------------------------------- the jobs
+def samples(each=32):
+    """The prior's own pictures, 50 DDIM steps at guidance 3. -> uint8 [5, each, 3, H, W]."""
+    prior, rng = asd.Prior.from_pretrained("tiny-sd"), torch.Generator().manual_seed(100)
+    noise = torch.randn(each, *prior.shape, generator=rng)
+    return {"samples": torch.stack([to_bytes(prior.decode(ddim_samples(
+        prior, [text] * each, noise))) for text in PROMPTS])}
+
+
+def cosines():
+    """Of Eq. 7's classifier term alone with SDS's gradient at λ = 10⁴, where SDS begins. -> [15]"""
+    prior, rng = asd.Prior.from_pretrained("tiny-sd"), torch.Generator().manual_seed(0)
+    x0 = asd.Latents(prior, len(TEXTS), rng)().detach()
+    t, eps = asd.draw(rng, x0, 20, 980)
+    x_t, y = asd.add_noise(x0, eps, *prior.alpha_sigma(t)), prior.encode_text(TEXTS)
+    null = prior.encode_text([""]).expand_as(y)
+    eps_uncond, eps_y = asd.ask(prior, [(x_t, t, null), (x_t, t, y)])
+    one, other = (grad.flatten(1) for grad in (asd.generator_grad(eps_uncond, eps_y, eps_y, 7.5),
+                                               asd.sds_grad(eps_uncond, eps_y, eps, 1e4)))
+    return {"cosine": nn.functional.cosine_similarity(one, other)}
+
+
+def recovered():
+    """Fig. 5c: over-saturated pictures (SDS at λ = 10⁴), then SDS, VSD and ASD from there."""
+    made = {"start": distilled("sds", lam=1e4)["late"]}
+    for name in asd.METHODS:
+        made[name] = distilled(name, start=made["start"][-1] / 255)["late"]
+    return made
+
+
+TIMED = {"sds": {}, "vsd": {}, "asd": {}, "shared": {"share_noise": True}, "bridge": {}, "lmc": {}}
+
+
+def times(rounds=15, steps=8):
+    """Milliseconds a step of one picture, in turns. -> float32 [rounds, len(TIMED)]."""
+    prior, found = asd.Prior.from_pretrained("tiny-sd"), []
+    for _ in range(rounds):
+        found.append([])
+        for name, changes in TIMED.items():
+            row = all_methods()["asd" if name == "shared" else name]
+            row, ms, rng = replace(row, steps=steps, **changes), [], torch.Generator()
+            latents = asd.Latents(prior, 1, rng)
+            phi = asd.make_phi(row, prior, PROMPTS[:1], **BRIDGE if name == "bridge" else {})
+            asd.distill(prior, latents, prior.encode_text(PROMPTS[:1]), row,
+                        state=asd.State(latents, phi, row, rng),
+                        callback=lambda state, terms, ms=ms: ms.append(1000 * terms["seconds"]))
+            found[-1].append(sorted(ms[1:])[len(ms) // 2])
+    return {"ms": torch.tensor(found)}
+
+
+LAMBDAS = (1.0, 3.0, 7.5, 30.0)
+GAMMAS = {-1.0: "asd@7.5", -0.5: "asd γ -0.5", 0.0: "vsd@7.5", 1.0: "asd γ 1", 10.0: "asd γ 10",
+          1000.0: "asd γ 1000"}                               # of §5, and what was made with each
+LADDER = (1.0, 3.0, 4.25, 7.5, 14.0, 30.0, 72.5, 100.0, 1e4)  # λ' of SDS, VSD with an exact φ
+JOBS = {"samples": Job("samples", samples, {}, 2.5)}
+JOBS |= {f"{name}@{lam:g}": job(name, lam=lam) for lam in (7.5, 1.0, 3.0, 30.0)
+         for name in ("sds", "vsd", "asd")}
+JOBS |= {f"sds@{lam:g}": job("sds", lam=lam) for lam in LADDER}
+JOBS |= {name: job("asd", gamma=gamma) for gamma, name in GAMMAS.items() if " γ " in name}
+JOBS |= {"csd": job("csd"), "shared": job("asd", share_noise=True, minutes=2.5),
+         "lmc": job("lmc"), "lmc, fixed ε": job("lmc", fixed_noise=True),
+         "sds@2": job("sds", lam=2.0), "ms-sds": job("sds", t_max=0.5),
+         "nfsd": job("nfsd", words={"negative": "a flat icon"}),
+         "bridge": job("bridge", words=BRIDGE), "cosines": Job("cosines", cosines, {}, 0.1),
+         "recovered": Job("recovered", recovered, {}, 9.5), "times": Job("times", times, {}, 1.5)}
+# 50 updates of φ a step are dear: a third of the steps, at three times θ's rate, for all three
+SHORT = {"steps": 120, "lr": 0.03}
+JOBS |= {f"short {name}": job(name, **SHORT) for name in ("sds", "vsd")}
+JOBS["short vsd†"] = job("vsd", phi_steps=50, minutes=30, **SHORT)
+
+
+# ------------------------------------------------------------------------------------ the measures
+def one_by_one(late):
+    """uint8 [N, 3, H, W] -> [N] RGB [1, 3, H, W] in [0, 1]."""
+    return (late / 255).split(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _features(data, shape):
+    images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape) / 255
+    *features, texts = clip_features([images], TEXTS)
+    return features[0], texts
+
+
+def features(images):
+    """uint8 [N, 3, H, W] -> unit vectors [N, 128] of tiny-clip's, and those of TEXTS."""
+    return _features(images.contiguous().numpy().tobytes(), tuple(images.shape))
+
+
+def measures(images, results):
+    """uint8 [15, 3, H, W] -> {measure: [15 numbers]}.
+
+    saturation, sharpness: export.picture_measures'. score: tiny-clip's cosine with the prompt.
+    distance: 1 − the mean cosine, in its features, with the prior's own samples of that prompt.
+    """
+    each = [picture_measures(image) for image in one_by_one(images)]
+    mine, texts = features(images)
+    own = torch.stack([features(x)[0].mean(0) for x in results["samples"]["samples"]])
+    return {key: [one[key] for one in each] for key in each[0]} | {
+        "score": (mine * texts).sum(1).tolist(),
+        "distance": (1 - (mine * own.repeat(SEEDS, 1)).sum(1)).tolist()}
+
+
+def of_samples(results, measure):
+    """The mean of a measure over the prior's samples of a prompt, for each of the 15 texts."""
+    if measure == "score":
+        words = features(results["samples"]["samples"][0])[1][:len(PROMPTS)]
+        each = [(features(x)[0] @ word).mean().item()
+                for x, word in zip(results["samples"]["samples"], words)]
+    else:
+        each = [picture_measures(x / 255)[measure] for x in results["samples"]["samples"]]
+    return each * SEEDS
+
+
+def of(results, key, measure):
+    """[15] of a run's last pictures."""
+    return measures(results[key]["late"][-1], results)[measure]
+
+
+def minus(a, b):
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def gap(results, measure, one, other):
+    """`one`'s measure minus `other`'s, picture by picture; "samples": the prior's own."""
+    return minus(*(of_samples(results, measure) if key == "samples" else of(results, key, measure)
+                   for key in (one, other)))
+
+
+def apart(a, b):
+    """Root mean square between pictures, uint8 [N, 3, H, W] each. -> [N]"""
+    return ((a.float() - b.float()) / 255).square().mean((1, 2, 3)).sqrt().tolist()
+
+
+def drift(late):
+    """How far pictures go in a tenth of the steps, late: uint8 [5, N, …] -> (pixels, features)."""
+    pixels = torch.tensor([apart(a, b) for a, b in zip(late, late[1:])]).mean(0)
+    seen = [features(x)[0] for x in late]
+    turned = torch.stack([1 - (a * b).sum(1) for a, b in zip(seen, seen[1:])]).mean(0)
+    return pixels.tolist(), turned.tolist()
+
+
+# -------------------------------------------------------------------------------------- the claims
+def tests_1a(r):
+    return {
+        "smooth: sharpness, samples − SDS at 7.5": gap(r, "sharpness", "samples", "sds@7.5"),
+        "smoother at 1 than at 7.5: sharpness": gap(r, "sharpness", "sds@7.5", "sds@1"),
+        "saturated: saturation, SDS at 100 − samples": gap(r, "saturation", "sds@100", "samples"),
+        "farther off: distance, SDS at 100 − at 7.5": gap(r, "distance", "sds@100", "sds@7.5")}
+
+
+def tests_1b(r):
+    tests = {}
+    for lam in ("7.5", "1"):
+        vsd, ours = (drift(r[f"{name}@{lam}"]["late"]) for name in ("vsd", "asd"))
+        for i, measure in enumerate(("pixels", "features")):
+            tests[f"drift in {measure} at λ {lam}, VSD − ASD"] = minus(vsd[i], ours[i])
+    return tests
+
+
+def tests_4(r):
+    many, vsd, sds = (r[f"short {name}"]["late"][-1] for name in ("vsd†", "vsd", "sds"))
+    return {"smoother: sharpness, VSD − VSD†": gap(r, "sharpness", "short vsd", "short vsd†"),
+            "pixels, VSD† to VSD − VSD† to SDS": minus(apart(many, vsd), apart(many, sds))}
+
+
+def tests_5a(r):
+    return {"cosine of the gradients − 0.99": [x - 0.99 for x in r["cosines"]["cosine"].tolist()],
+            "saturation, classifier term − samples": gap(r, "saturation", "csd", "samples"),
+            "saturation, SDS at 10⁴ − samples": gap(r, "saturation", "sds@10000", "samples"),
+            "pixels, classifier term to SDS at 7.5 − to SDS at 10⁴": minus(
+                *(apart(r["csd"]["late"][-1], r[f"sds@{lam}"]["late"][-1])
+                  for lam in ("7.5", "10000")))}
+
+
+def tests_5c(r):
+    ends = {name: measures(late[-1], r) for name, late in r["recovered"].items()}
+    tests = {}
+    for other in ("start", "sds", "vsd"):
+        tests[f"saturation, {other} − ASD"] = minus(ends[other]["saturation"],
+                                                    ends["asd"]["saturation"])
+        tests[f"score, ASD − {other}"] = minus(ends["asd"]["score"], ends[other]["score"])
+    return tests
+
+
+def tests_6(r):
+    return {f"{measure}, {one} − {other}": gap(r, measure, f"{one}@7.5", f"{other}@7.5")
+            for other in ("sds", "vsd")
+            for measure, one, other in (("score", "asd", other), ("distance", other, "asd"))}
+
+
+def tests_cfg(r):
+    """The range of a measure over LAMBDAS, picture by picture: others' minus ASD's."""
+    def ranges(name, measure):
+        rows = torch.tensor([of(r, f"{name}@{lam:g}", measure) for lam in LAMBDAS])
+        return (rows.amax(0) - rows.amin(0)).tolist()
+    return {f"range of {measure}, {other} − ASD": minus(ranges(other, measure),
+                                                        ranges("asd", measure))
+            for measure in ("score", "saturation") for other in ("sds", "vsd")}
+
+
+def nearest(r, gamma):
+    """The λ' of LADDER at which SDS's picture is nearest (pixels) to that of γ. -> [15]"""
+    made = r[GAMMAS[gamma]]["late"][-1]
+    far = torch.tensor([apart(made, r[f"sds@{lam:g}"]["late"][-1]) for lam in LADDER])
+    return [LADDER[i] for i in far.argmin(0)]
+
+
+def lam_eff(gamma, lam=7.5):
+    """Ours: 1 + (1 + γ)(λ − 1), the guidance of VSD that ASD is at Eq. 10's minimiser."""
+    return 1 + (1 + gamma) * (lam - 1)
+
+
+def tests_gamma(r):
+    found = torch.tensor([nearest(r, gamma) for gamma in GAMMAS]).log()        # [6, 15]
+    rank = found.argsort(0).argsort(0).float()
+    places = torch.arange(len(GAMMAS)).float()
+    order = torch.corrcoef(torch.cat([places[None], rank.T]))[0, 1:]
+    last = r["asd γ 1000"]["late"][-1]
+    return {"λ' grows with γ: rank correlation": order.tolist(),
+            "γ ≫ 0 is the classifier: pixels to VSD − to the classifier term": minus(
+                apart(last, r["vsd@7.5"]["late"][-1]), apart(last, r["csd"]["late"][-1]))}
+
+
+def numbers_gamma(r):
+    return {f"γ {gamma:g}": {"λ_eff": lam_eff(gamma), "nearest λ', median": sorted(
+        nearest(r, gamma))[len(TEXTS) // 2]} for gamma in GAMMAS}
+
+
+def variety(seen):
+    """unit vectors [N, C] -> 1 − cosine of each pair."""
+    i, j = torch.triu_indices(len(seen), len(seen), 1)
+    return 1 - (seen[i] * seen[j]).sum(1)
+
+
+def by_prompt(images):
+    """uint8 [15, …] -> features [5, 3, 128]: the seeds of each prompt."""
+    return features(images)[0].view(SEEDS, len(PROMPTS), -1).transpose(0, 1)
+
+
+def tests_8(r):
+    own = [variety(features(x)[0]).mean() for x in r["samples"]["samples"]]
+    ours = [variety(x).mean() for x in by_prompt(r["asd@7.5"]["late"][-1])]
+    return {"distance between seeds, ASD − half of the samples'": [
+        (a - b / 2).item() for a, b in zip(ours, own)]}
+
+
+def numbers_8(r):
+    rows = {"samples": [variety(features(x)[0]).mean() for x in r["samples"]["samples"]]} | {
+        name: [variety(x).mean() for x in by_prompt(r[f"{name}@7.5"]["late"][-1])]
+        for name in asd.METHODS}
+    return {name: {"distance between seeds": mean_and_error(each)} for name, each in rows.items()}
+
+
+def tests_7(r):
+    ms = r["times"]["ms"]
+    fresh, shared = (ms[:, list(TIMED).index(name)] for name in ("asd", "shared"))
+    return {"speed-up − 30 %": (fresh / shared - 1.3).tolist(),
+            "score, fresh − shared": gap(r, "score", "asd@7.5", "shared")}
+
+
+def numbers_7(r):
+    return {name: {"ms a step": mean_and_error(r["times"]["ms"][:, i])}
+            for i, name in enumerate(TIMED)}
+
+
+def tests_lmc(r):
+    return {"at λ 2: score, LMC − SDS": gap(r, "score", "lmc", "sds@2"),
+            "score, LMC at 2 − SDS at 7.5": gap(r, "score", "lmc", "sds@7.5"),
+            "sharpness, LMC at 2 − SDS at 7.5": gap(r, "sharpness", "lmc", "sds@7.5"),
+            "sharpness, LMC at 2 − SDS of t < T/2": gap(r, "sharpness", "lmc", "ms-sds"),
+            "saturation, SDS at 7.5 − LMC at 2": gap(r, "saturation", "sds@7.5", "lmc")}
+
+
+def tests_bridge(r):
+    ms = r["times"]["ms"]
+    sds, bridge = (ms[:, list(TIMED).index(name)] for name in ("sds", "bridge"))
+    return {"score, bridge − SDS": gap(r, "score", "bridge", "sds@7.5"),
+            "distance, SDS − bridge": gap(r, "distance", "sds@7.5", "bridge"),
+            "score, VSD − bridge": gap(r, "score", "vsd@7.5", "bridge"),
+            "its cost is SDS's: 1.1 − the ratio": (1.1 - bridge / sds).tolist()}
+
+
+def table(*keys):
+    """The numbers of some runs' last pictures, and of the prior's samples."""
+    def numbers(r):
+        rows = {key: measures(r[key]["late"][-1], r) for key in keys}
+        rows["samples"] = {measure: of_samples(r, measure)
+                           for measure in ("saturation", "sharpness", "score")}
+        return {key: {name: mean_and_error(each) for name, each in row.items()}
+                for key, row in rows.items()}
+    return numbers
+
+
+def drawn(*keys, key_of=lambda r, key: r[key]["late"]):
+    """A figure of some runs: a row each, the prompts' first seed; under it tiny-clip's score."""
+    def figure(path, r):
+        rows = []
+        for key in keys:
+            images = r["samples"]["samples"][:, 0] if key == "samples" else \
+                key_of(r, key)[-1][:len(PROMPTS)]
+            mine, words = features(images)
+            notes = [f"{x:.2f}" for x in (mine * words[:len(PROMPTS)]).sum(1)]
+            rows.append((LABELS.get(key, key), images / 255, notes))
+        sheet(path, PROMPTS, rows, 128, corner="tiny-clip's score", colors=256)
+    return figure
+
+
+def progress(path, r):
+    """Figs. 1b and 7: two prompts late in the run, by VSD and by ASD."""
+    rows = [(f"{name.upper()}, guidance {lam}", (r[f"{name}@{lam}"]["late"][:, i] / 255))
+            for i, lam in ((1, "7.5"), (1, "1"), (3, "7.5")) for name in ("vsd", "asd")]
+    sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, 128, colors=256)
+
+
+LABELS = {"csd": "classifier term alone", "ms-sds": "SDS, t < T/2", "lmc": "LMC-SDS, guidance 2",
+          "lmc, fixed ε": "LMC-SDS, fixed noise", "bridge": "SDS-Bridge", "nfsd": "NFSD",
+          "shared": "ASD, shared noise", "start": "the start", "samples": "the prior's samples"} | {
+    f"{name}@{lam:g}": f"{name.upper()}, guidance {lam:g}" for name in asd.METHODS for lam in LADDER
+} | {f"short {name}": f"{name.upper().replace('†', ', 50 updates of phi')}"
+     for name in ("sds", "vsd", "vsd†")} | {
+    name: f"ASD, gamma {gamma:g}" for gamma, name in GAMMAS.items() if " γ " in name}
+# an under-trained model of 64 × 64 pixels, whose judge it shares its data with
+SMALL = "64 × 64 pixels; a judge trained on the same pictures as the prior"
+
+
+def claim(title, says, tests, keys, figure=None, numbers=None, shown=None, more=()):
+    jobs = {key: JOBS[key] for key in ("samples", *keys, *more)}
+    shown = shown or keys
+    return Claim(title, says, jobs, tests, figure or drawn("samples", *shown),
+                 numbers or table(*keys), SMALL)
+
+
+THREE = [f"{name}@7.5" for name in asd.METHODS]
+SWEEP = [f"{name}@{lam:g}" for name in asd.METHODS for lam in LAMBDAS]
+CLAIMS = {
+    "1a": claim("SDS over-smooths at a small λ and over-saturates at a large one", "Fig. 1a, §1",
+                tests_1a, ["sds@1", "sds@7.5", "sds@30", "sds@100"]),
+    "1b": claim("at a small λ VSD drifts; ASD keeps object and structure", "Figs. 1b, 7, §6",
+                tests_1b, ["vsd@7.5", "asd@7.5", "vsd@1", "asd@1"], figure=progress),
+    "4": claim("VSD with 50 updates of φ a step over-smooths as SDS does", "Fig. 4, §5",
+               tests_4, ["short sds", "short vsd", "short vsd†"]),
+    "5a": claim("the classifier term alone is SDS at λ = 10 000: over-saturated", "Fig. 5a, §5",
+                tests_5a, ["csd", "sds@7.5", "sds@10000"], more=["cosines"]),
+    "5c": claim("ASD recovers from an over-saturated start; SDS and VSD do not", "Fig. 5c, §5",
+                tests_5c, [], more=["recovered"], numbers=lambda r: {
+                    key: {name: mean_and_error(each) for name, each in measures(
+                        late[-1], r).items()} for key, late in r["recovered"].items()},
+                figure=drawn("start", "sds", "vsd", "asd",
+                             key_of=lambda r, key: r["recovered"][key])),
+    "6": claim("quality in 2D: ASD is better than SDS and VSD", "Fig. 6a, §6", tests_6, THREE),
+    "λ": claim("ASD is insensitive to λ, SDS and VSD are not", "abstract, §8", tests_cfg, SWEEP,
+               shown=SWEEP),
+    "γ": claim("γ = 0 is VSD, γ < 0 strengthens the discriminator, γ ≫ 0 is the classifier; ours: "
+               "λ_eff = 1 + (1 + γ)(λ − 1)", "§5", tests_gamma,
+               [*GAMMAS.values(), "csd"], more=[f"sds@{lam:g}" for lam in LADDER],
+               numbers=numbers_gamma),
+    "8": claim("another seed, another picture", "Fig. 8, §6", tests_8, THREE, numbers=numbers_8,
+               figure=lambda path, r: sheet(path, PROMPTS, [
+                   (f"ASD, seed {i}", r["asd@7.5"]["late"][-1].view(
+                       SEEDS, len(PROMPTS), *r["asd@7.5"]["late"].shape[2:])[i] / 255)
+                   for i in range(SEEDS)], 128, colors=256)),
+    "§7": claim("shared noise makes a step 30–50 % faster, the result a little worse", "§7",
+                tests_7, ["asd@7.5", "shared"], more=["times"],
+                numbers=lambda r: numbers_7(r) | table("asd@7.5", "shared")(r)),
+    "LMC": claim("LMC-SDS needs less guidance and is cleaner than SDS", "2401.05293", tests_lmc,
+                 ["lmc", "lmc, fixed ε", "sds@2", "sds@7.5", "ms-sds"]),
+    "Bridge": claim("SDS-Bridge lies between SDS and VSD in quality, at SDS's cost", "2406.09417",
+                    tests_bridge, ["sds@7.5", "bridge", "vsd@7.5"], more=["times"],
+                    numbers=lambda r: numbers_7(r) | table("sds@7.5", "bridge", "vsd@7.5")(r)),
+}
