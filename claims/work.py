@@ -133,8 +133,7 @@ def reached_from(module, name):
 def code_of(function):
     """A digest of what a function can reach in our modules."""
     reached = reached_from(function.__module__, function.__name__)
-    return fingerprint(*(ast.dump(node) for one in sorted(reached)
-                         for node in definitions()[0][one]))
+    return fingerprint(*sorted(ast.dump(node) for one in reached for node in definitions()[0][one]))
 
 
 # ---------------------------------------------------------------------------- tests and verdicts
