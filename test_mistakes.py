@@ -273,9 +273,8 @@ def test_a_damaged_picture_is_a_mistake_or_a_picture(tmp_path, recwarn, kind):
     (nerf, ["red mug", "--pictures", "1000000000"], "out of memory"),
     (editing, ["--apply", ".", "--image", "a.png", "--out", "/"], "there already"),
     (asd, ["--prompt", "a", "--out", "/"], "not empty"),
-    (reproduce, ["grid", "--part", "3/2"], "--part"), (reproduce, ["nothing"], "nothing"),
-    (reproduce, ["edits", "--steps", "3"], "--steps"), (reproduce, [], "figure"),
-    (reproduce, ["grid", "--x"], "--x")])
+    (reproduce, ["1a", "--part", "3/2"], "--part"), (reproduce, ["nothing"], "nothing"),
+    (reproduce, ["1a", "--part"], "--part"), (reproduce, ["1a", "--x"], "--x")])
 def test_what_does_not_fit_is_one_line(refused, command, flags, part):
     refused(command, *flags, part=part)
 
@@ -292,7 +291,7 @@ def test_pictures_beyond_the_memory_are_one_line(refused, monkeypatch):
     (variants, ["--prompt", "a", "--method", "csd", "--negative"]),
     (variants, ["--prompt", "a", "--method", "bridge", "--source-words"]),
     (editing, ["--source", "a", "--target"]), (editing, ["--apply"]), (text_to_3d, ["--prompt"]),
-    (nerf, []), (reproduce, []), (reproduce, ["solids", "--only"])])
+    (nerf, []), (reproduce, []), (reproduce, ["1a", "--part"])])
 @pytest.mark.parametrize("text", ["\udcff", "a\udc80b", "a\0b"], ids=ascii)
 def test_texts_that_are_no_utf8_are_one_line(refused, command, flags, text):
     refused(command, *flags, text, part="not valid text")
@@ -359,8 +358,8 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path, command):
     monkeypatch.setattr(runs, "read_settings", interrupt)
     monkeypatch.setattr(nerf, "run", interrupt)
     monkeypatch.setattr(translation, "apply_network", interrupt)
-    monkeypatch.setitem(reproduce.FIGURES, "edits", interrupt)
-    argv = {nerf: ["mug"], reproduce: ["edits"]}.get(command, [])
+    monkeypatch.setattr(reproduce, "make", interrupt)
+    argv = {nerf: ["mug"], reproduce: ["1a"]}.get(command, [])
     try:
         status = command.main(argv)
     except SystemExit as stop:
@@ -429,5 +428,5 @@ def test_no_command_unpickles_or_connects(model, no_network, tmp_path, monkeypat
             [nerf, "ball", "--pictures", "2", "--size", "8", "--steps", "2", "--batch", "16",
              "--samples", "4", "--device", "cpu"]):
         assert command.main(argv) == 0, argv
-    reproduce.main(["mixture", "--out", "mixture.png"])
+    reproduce.main([])
     assert no_network == []

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import asd
@@ -253,33 +252,6 @@ def test_a_resumed_run_ends_in_the_same_bits(cli, tmp_path):
     whole, cut = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("run", "cut"))
     for name, tensor in whole.items():
         assert name.startswith("frame") or torch.equal(tensor, cut[name]), name
-
-
-@pytest.mark.filterwarnings("ignore:std")                         # of a single seed
-def test_reproduce_solids(folders, tmp_path, monkeypatch, coarse, capsys):      # noqa: F811
-    """Two processes' parts make one table; a run that was stopped goes on, others are not made
-    again."""
-    import reproduce
-    tiny = asd.Prior.from_pretrained(folders["epsilon"], "cpu")
-    monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *args: tiny)
-    monkeypatch.chdir(tmp_path)
-    made, really = [], text_to_3d.main
-    monkeypatch.setattr(text_to_3d, "main", lambda argv: made.append(argv) or really(argv))
-    flags = ["solids", "--steps", "1", "--seeds", "1", "--only", "mug"]
-    reproduce.main([*flags, "--part", "1/2"])
-    assert "not done yet" in capsys.readouterr().out and len(made) == 2       # of 3: SDS and ASD
-    stopped = next(tmp_path.glob("outputs/solids/sds-*"))
-    (stopped / "numbers.json").unlink()
-    reproduce.main(flags)
-    out = capsys.readouterr().out
-    assert made[2:] == [["--resume", str(stopped.relative_to(tmp_path))], made[3]]
-    assert "vsd" in made[3] and "asd minus sds" in out and "truth" in out
-    found = json.loads((tmp_path / "figures/solids.json").read_text())
-    assert set(found["runs"]) == {f"{name}/a red mug/0" for name in ("sds", "vsd", "asd")}
-    assert set(found["table"]["vsd"]) >= {"iou", "psnr"}
-    assert Image.open(tmp_path / "figures/solids.png").size == (141 + 128, 32 + 4 * (128 + 18))
-    with pytest.raises(SystemExit, match="2"):
-        reproduce.main(["solids", "--only", "a red dragon"])
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -25,10 +25,10 @@ from torch import nn
 import asd
 import export
 import prior as prior_file
-import reproduce
 import runs
 import variants
 from asd import Latents, NoisePhi, State
+from claims import exact as exact_claim
 from conftest import GaussianMixture, cosine, particle_eps, randn
 from prior import ddim_samples, ode_end, one_step_x0
 from test_asd import close, mutants, noise, seeds, shapes
@@ -562,16 +562,6 @@ def test_ddim_samples_follow_the_guided_ode(lam):
     close(ddim_samples(exact, texts, x_T, 7, lam), expected)
 
 
-def test_errors_and_differences_by_hand():
-    """What figures/*.json say after ±, and which row is subtracted from which."""
-    assert reproduce.mean_and_error([1.0, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3) / 2))
-    edits = [dict.fromkeys(reproduce.EDITED_BY, {"m": 4.0}) | {"dds": {"m": 1.0}, "asd": {"m": m}}
-             for m in (3.0, 5.0)]
-    table = reproduce.print_edits({"some": edits})["some"]
-    assert table["asd minus dds"]["m"] == pytest.approx((3, 1))
-    assert table["swapped minus asd"]["m"] == pytest.approx((0, 1))
-
-
 def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The command; the same command goes on; pictures come from the prior or from a folder."""
     monkeypatch.setattr(data, "DATA", tmp_path / "data")
@@ -675,8 +665,8 @@ def test_exact_wants_gamma_above_minus_one(prior, gamma):  # noqa: F811
 
 
 def test_exact_spreads_the_particles_of_the_loop():
-    """The mixture experiment of reproduce.py, through distill(): SDS collapses, exact φ covers."""
-    exact, ends = ExactPrior(reproduce.two_rings(), words=["y", "z"]), {}
+    """claims/exact.py's experiment through distill(): SDS collapses, an exact φ covers."""
+    exact, ends = ExactPrior(exact_claim.two_rings(), words=["y", "z"]), {}
 
     class Particles(nn.Module):
         def __init__(self):
@@ -691,9 +681,9 @@ def test_exact_spreads_the_particles_of_the_loop():
         method = asd.Method(phi=phi, lam=lam, gamma=gamma, omega="sigma2", t_late=1.0, lr=0.1,
                             steps=150)
         state = State(Particles(), asd.make_phi(method, exact, "y"), method, rng(1))
-        with reproduce.one_thread():
+        with exact_claim.one_thread():
             asd.distill(exact, state.generator, exact.encode_text(["y"]), method, state=state)
-        ends[name] = reproduce.mmd(state.generator.theta.detach().flatten(1), exact.mixture)
+        ends[name] = exact_claim.mmd(state.generator.theta.detach().flatten(1), exact.mixture)
     assert ends["sds"] > 0.5 and ends["guided"] > 0.3
     assert ends["vsd"] < 0.2 and ends["asd"] < 0.2, ends
 
@@ -957,72 +947,6 @@ def test_a_network_on_cuda_goes_on(cli):
     flags = ["--method", "vsd", "--generator", "network", "--device", "cuda"]
     assert cli(*flags, "--steps", 2)[0] == 0
     assert cli("--resume", "run", "--steps", 3)[0] == 0
-
-
-# --------------------------------------------------------------------------------- the figures
-@pytest.fixture
-def small_figures(prior, tmp_path, monkeypatch):  # noqa: F811
-    """reproduce.py in tmp_path, with two methods and prompts, one step each and no judge."""
-    import editing
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *_: prior)
-    b_k = Bias(4)
-    monkeypatch.setattr(corrective, "load_bias", lambda *_: b_k)
-    monkeypatch.setattr(reproduce, "clip_score", lambda image, prompt: 0.5)
-    monkeypatch.setattr(reproduce, "PROMPTS", [PROMPT, "a fox"])
-    monkeypatch.setattr(reproduce, "NEIGHBOURS", {
-        name: reproduce.NEIGHBOURS[name] for name in ("sds", "lmc")})
-    for table, name in ((asd.METHODS, "sds"), (METHODS, "lmc"), (METHODS, "bridge"),
-                        (editing.METHODS, "dds"), (editing.METHODS, "asd")):
-        monkeypatch.setitem(table, name, replace(table[name], steps=1))
-    monkeypatch.setitem(reproduce.BRIDGE, "steps", 1)
-
-
-def test_grid_is_made_in_parts_and_kept(small_figures, monkeypatch, capsys):
-    reproduce.main(["grid", "--part", "1/2"])
-    assert "not done yet" in capsys.readouterr().out and not Path("figures").exists()
-    reproduce.main(["grid", "--part", "2/2"])
-    made = contents("outputs")
-    assert capsys.readouterr().out.endswith("figures/neighbours.png\n") and len(made) == 8
-    assert contents("figures").keys() == {"neighbours.png", "thumb-sds.png", "thumb-lmc.png"}
-    seen = []
-    monkeypatch.setattr(reproduce, "make_cell", lambda *cell: seen.append(cell[2:]))
-    reproduce.main(["grid"])                                  # nothing is made again …
-    assert seen == [] and contents("outputs") == made
-    monkeypatch.setitem(asd.METHODS, "sds", replace(asd.METHODS["sds"], lr=0.05))
-    reproduce.main(["grid"])                                  # … but what has changed
-    assert seen == [("sds", PROMPT), ("sds", "a fox")]
-
-
-def test_grid_cell_is_the_command_lines_picture(prior, cli):  # noqa: F811
-    cli("--method", "sds")
-    image = reproduce.distilled(prior, replace(asd.METHODS["sds"], steps=3), PROMPT)
-    torch.testing.assert_close(image, prior.decode(checkpoint("run")["theta.0"]))
-
-
-@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/2/3"])
-def test_grid_part_is_one_line(capsys, part):
-    with pytest.raises(SystemExit, match="2"):
-        reproduce.main(["grid", "--part", part])
-    assert capsys.readouterr().err.startswith(f"reproduce.py: --part {part} is no part")
-
-
-@pytest.mark.parametrize("sharpness, saturation, said", [
-    (0.3, 0.1, "is sharper than SDS at 7.5 (+0.100 ± 0.000) and less saturated (-0.100"),
-    (0.1, 0.3, "is not sharper than SDS at 7.5 (-0.100 ± 0.000) and not less saturated (+0.100")])
-def test_grid_says_which_way_it_comes_out(capsys, sharpness, saturation, said):
-    cell = {"saturation": 0.2, "sharpness": 0.2, "clip": 0.5}
-    reproduce.print_neighbours({"sds": [cell] * 5, "lmc": [
-        cell | {"saturation": saturation, "sharpness": sharpness}] * 5})
-    assert f"LMC-SDS at guidance 2 {said}" in capsys.readouterr().out
-
-
-def test_bridge_figure(small_figures, monkeypatch, capsys):
-    """Its drawings are those of examples/, or samples."""
-    monkeypatch.setattr(reproduce, "ddim_samples", lambda _, prompts, x_T: x_T)
-    reproduce.main(["bridge"])
-    *lines, path = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and path == "figures/bridge.png" and Path(path).exists()
 
 
 # ----------------------------------------------------------------------------------- benchmarks

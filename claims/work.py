@@ -36,7 +36,8 @@ class Job:
 
     @property
     def file(self):
-        key = fingerprint(weights(), code_of(self.function), self.arguments)
+        code = code_of(self.function.__module__, self.function.__name__)
+        key = fingerprint(weights(), code, self.arguments)
         return KEPT / f"{self.name}-{key}.safetensors"
 
     def result(self):
@@ -103,9 +104,12 @@ def definitions():
                     imports[module, each.asname or each.name] = \
                         (whole, "") if whole in trees else (node.module, each.name)
         for node in tree.body:
+            targets = [target for each in ast.walk(node)
+                       for target in getattr(each, "targets", [getattr(each, "target", None)])
+                       if isinstance(each, (ast.Assign, ast.AnnAssign, ast.AugAssign))]
             named = [node.name] if hasattr(node, "name") else [
-                each.id for each in ast.walk(node)
-                if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)]
+                each.id for target in targets for each in ast.walk(target)
+                if isinstance(each, ast.Name)]
             for name in named:
                 defined.setdefault((module, name), []).append(node)
     return defined, imports
@@ -130,9 +134,9 @@ def reached_from(module, name):
 
 
 @functools.cache
-def code_of(function):
-    """A digest of what a function can reach in our modules."""
-    reached = reached_from(function.__module__, function.__name__)
+def code_of(module, name):
+    """A digest of a definition and of what it can reach in our modules."""
+    reached = reached_from(module, name)
     return fingerprint(*sorted(ast.dump(node) for one in reached for node in definitions()[0][one]))
 
 
@@ -152,13 +156,8 @@ class Claim:
     numbers: Callable | None = None
     limits: str = ""
 
-    @property
-    def minutes(self):
-        return sum(job.minutes for job in self.jobs.values())
-
-    def record(self):
-        """All that is said of it, as claims.json has it."""
-        results = {key: job.result() for key, job in self.jobs.items()}
+    def record(self, results):
+        """All that is said of it, as claims.json has it; results: what its jobs returned."""
         tests = {name: dict(zip(("mean", "error", "n"), (*mean_and_error(each), len(each)),
                                 strict=True)) for name, each in self.tests(results).items()}
         return {"claim": self.title, "paper": self.says, "verdict": verdict(tests.values()),
