@@ -56,6 +56,17 @@ def sd3():
         "pooled_projections": torch.zeros(1, 2048)}
 
 
+def flux2():
+    """black-forest-labs/FLUX.2-klein-base-4B: 1024 pixels."""
+    from diffusers import Flux2Transformer2DModel
+    net = Flux2Transformer2DModel(num_layers=5, num_single_layers=20, num_attention_heads=24,
+                                  joint_attention_dim=7680, guidance_embeds=False)
+    return net, (), {
+        "hidden_states": torch.zeros(1, 4096, 128), "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.zeros(1, 512, 7680), "img_ids": torch.zeros(1, 4096, 4),
+        "txt_ids": torch.zeros(1, 512, 4)}
+
+
 class Fused(torch.autograd.Function):
     """Attention as the kernels of GPUs keep it: q, k, v and the result, no L x L matrix."""
 
@@ -88,14 +99,15 @@ def main():
     from torch.utils._pytree import tree_map
     logging.set_verbosity_error()
     torch.nn.functional.scaled_dot_product_attention = (
-        lambda q, k, v, *args, **kwargs: Fused.apply(q, k, v))
+        lambda query, key, value, **kwargs: Fused.apply(query, key, value))
     print("| family | network, parameters | weights, GiB | graph, GiB | with --checkpointing |")
     print("|---|---|---|---|---|")
-    for make in (sd21, sdxl, sd3):
+    for make in (sd21, sdxl, sd3, flux2):
         with torch.device("meta"):
             net, args, kwargs = make()
             net.requires_grad_(False).to(torch.bfloat16)
-            net.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+            net.add_adapter(LoraConfig(r=4, target_modules=[
+                "to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]))
             args, kwargs = tree_map(lambda x: x.bfloat16(), (args, kwargs))
             count = sum(p.numel() for p in net.parameters())
             plain = graph(net, args, kwargs)
