@@ -62,6 +62,8 @@ def make(jobs, part="1/1"):
     with tqdm(total=round(sum(job.minutes for job in missing)), disable=not missing,
               desc=f"part {part}", unit="min", file=sys.stderr) as bar:
         for job in missing:
+            if job.file.exists():                       # another process has made it meanwhile
+                continue
             bar.set_postfix_str(job.name)
             job.file.parent.mkdir(parents=True, exist_ok=True)
             made = {name: x.contiguous() for name, x in job.function(**job.arguments).items()}
