@@ -5,7 +5,7 @@ import torch
 
 import asd
 import editing
-from claims.pictures import LATE, SMALL, OwnLoRA, features, minus, to_bytes
+from claims.pictures import LATE, SIDE, SMALL, OwnLoRA, features, minus, to_bytes
 from claims.work import Claim, Job, mean_and_error
 from export import picture_measures, sheet
 from prior import ddim_samples
@@ -128,7 +128,7 @@ def drawn(*names, example=(0, 2, 6)):
                 text = features_of(target)
                 notes = [f"{x:.2f}" for x in features(shown)[0] @ text]
                 lines.append((f"{kind}, {row.upper()}\n-> {target}", shown / 255, notes))
-        sheet(path, ["source", *(f"{LATE[i]:.0%} of the steps" for i in (0, 2, 4))], lines, 128,
+        sheet(path, ["source", *(f"{LATE[i]:.0%} of the steps" for i in (0, 2, 4))], lines, SIDE,
               left=240, corner="tiny-clip's score of the target", colors=256)
     return figure
 

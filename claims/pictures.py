@@ -147,6 +147,7 @@ def times(rounds=15, steps=8):
     return {"ms": torch.tensor(found)}
 
 
+SIDE = 160                                    # pixels of a picture in a figure
 LAMBDAS = (1.0, 3.0, 7.5, 30.0)
 GAMMAS = {-1.0: "asd@7.5", -0.5: "asd γ -0.5", 0.0: "vsd@7.5", 1.0: "asd γ 1", 10.0: "asd γ 10",
           1000.0: "asd γ 1000"}                               # of §5, and what was made with each
@@ -274,16 +275,17 @@ def tests_5a(r):
 
 def tests_5c(r):
     ends = {name: measures(late[-1], r) for name, late in r["recovered"].items()}
-    tests = {}
-    for other in ("start", "sds", "vsd"):
-        tests[f"saturation, {other} − ASD"] = minus(ends[other]["saturation"],
-                                                    ends["asd"]["saturation"])
-        tests[f"score, ASD − {other}"] = minus(ends["asd"]["score"], ends[other]["score"])
+    tests, ours = {}, ends["asd"]
+    for name in ("start", "sds", "vsd"):
+        end, label = ends[name], LABELS.get(name, name.upper())
+        tests[f"saturation, {label} − ASD"] = minus(end["saturation"], ours["saturation"])
+        tests[f"score, ASD − {label}"] = minus(ours["score"], end["score"])
     return tests
 
 
 def tests_6(r):
-    return {f"{measure}, {one} − {other}": gap(r, measure, f"{one}@7.5", f"{other}@7.5")
+    return {f"{measure}, {one.upper()} − {other.upper()}": gap(r, measure, f"{one}@7.5",
+                                                               f"{other}@7.5")
             for other in ("sds", "vsd")
             for measure, one, other in (("score", "asd", other), ("distance", other, "asd"))}
 
@@ -293,8 +295,8 @@ def tests_cfg(r):
     def ranges(name, measure):
         rows = torch.tensor([of(r, f"{name}@{lam:g}", measure) for lam in LAMBDAS])
         return (rows.amax(0) - rows.amin(0)).tolist()
-    return {f"range of {measure}, {other} − ASD": minus(ranges(other, measure),
-                                                        ranges("asd", measure))
+    return {f"range of {measure}, {other.upper()} − ASD": minus(ranges(other, measure),
+                                                                ranges("asd", measure))
             for measure in ("score", "saturation") for other in ("sds", "vsd")}
 
 
@@ -386,7 +388,7 @@ def table(*keys):
         rows = {key: measures(r[key]["late"][-1], r) for key in keys}
         rows["samples"] = {measure: of_samples(r, measure)
                            for measure in ("saturation", "sharpness", "score")}
-        return {key: {name: mean_and_error(each) for name, each in row.items()}
+        return {LABELS.get(key, key): {name: mean_and_error(each) for name, each in row.items()}
                 for key, row in rows.items()}
     return numbers
 
@@ -401,7 +403,7 @@ def drawn(*keys, key_of=lambda r, key: r[key]["late"]):
             mine, words = features(images)
             notes = [f"{x:.2f}" for x in (mine * words[:len(PROMPTS)]).sum(1)]
             rows.append((LABELS.get(key, key), images / 255, notes))
-        sheet(path, PROMPTS, rows, 128, corner="tiny-clip's score", colors=256)
+        sheet(path, PROMPTS, rows, SIDE, corner="tiny-clip's score", colors=256)
     return figure
 
 
@@ -409,11 +411,12 @@ def progress(path, r):
     """Figs. 1b and 7: two prompts late in the run, by VSD and by ASD."""
     rows = [(f"{name.upper()}, guidance {lam}", (r[f"{name}@{lam}"]["late"][:, i] / 255))
             for i, lam in ((1, "7.5"), (1, "1"), (3, "7.5")) for name in ("vsd", "asd")]
-    sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, 128, colors=256)
+    sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, SIDE, colors=256)
 
 
-LABELS = {"csd": "classifier term alone", "ms-sds": "SDS, t < T/2", "lmc": "LMC-SDS, guidance 2",
-          "lmc, fixed ε": "LMC-SDS, fixed noise", "bridge": "SDS-Bridge", "nfsd": "NFSD",
+LABELS = {"csd": "the classifier term alone", "ms-sds": "SDS, t < T/2",
+          "lmc": "LMC-SDS, guidance 2", "lmc, fixed ε": "LMC-SDS, fixed noise",
+          "bridge": "SDS-Bridge", "nfsd": "NFSD",
           "shared": "ASD, shared noise", "start": "the start", "samples": "the prior's samples"} | {
     f"{name}@{lam:g}": f"{name.upper()}, guidance {lam:g}" for name in asd.METHODS for lam in LADDER
 } | {f"short {name}": f"{name.upper().replace('†', ', 50 updates of phi')}"
@@ -441,8 +444,8 @@ CLAIMS = {
                tests_4, ["short sds", "short vsd", "short vsd†"]),
     "5a": claim("the classifier term alone is SDS at λ = 10 000: over-saturated", "Fig. 5a, §5",
                 tests_5a, ["csd", "sds@7.5", "sds@10000"], more=["cosines"]),
-    "5c": claim("ASD recovers from an over-saturated start; SDS and VSD do not", "Fig. 5c, §5",
-                tests_5c, [], more=["recovered"], numbers=lambda r: {
+    "5c": claim("thanks to its adversary ASD recovers from an over-saturated start; SDS and VSD "
+                "do not", "Fig. 5c, §5", tests_5c, [], more=["recovered"], numbers=lambda r: {
                     key: {name: mean_and_error(each) for name, each in measures(
                         late[-1], r).items()} for key, late in r["recovered"].items()},
                 figure=drawn("start", "sds", "vsd", "asd",
@@ -458,13 +461,14 @@ CLAIMS = {
                figure=lambda path, r: sheet(path, PROMPTS, [
                    (f"ASD, seed {i}", r["asd@7.5"]["late"][-1].view(
                        SEEDS, len(PROMPTS), *r["asd@7.5"]["late"].shape[2:])[i] / 255)
-                   for i in range(SEEDS)], 128, colors=256)),
+                   for i in range(SEEDS)], SIDE, colors=256)),
     "§7": claim("shared noise makes a step 30–50 % faster, the result a little worse", "§7",
                 tests_7, ["asd@7.5", "shared"], more=["times"],
                 numbers=lambda r: numbers_7(r) | table("asd@7.5", "shared")(r)),
     "LMC": claim("LMC-SDS needs less guidance and is cleaner than SDS", "2401.05293", tests_lmc,
-                 ["lmc", "lmc, fixed ε", "sds@2", "sds@7.5", "ms-sds"]),
+                 ["sds@7.5", "sds@2", "ms-sds", "lmc", "lmc, fixed ε"]),
     "Bridge": claim("SDS-Bridge lies between SDS and VSD in quality, at SDS's cost", "2406.09417",
-                    tests_bridge, ["sds@7.5", "bridge", "vsd@7.5"], more=["times"],
-                    numbers=lambda r: numbers_7(r) | table("sds@7.5", "bridge", "vsd@7.5")(r)),
+                    tests_bridge, ["sds@7.5", "nfsd", "csd", "bridge", "vsd@7.5"],
+                    more=["times"], numbers=lambda r: numbers_7(r) | table(
+                        "sds@7.5", "nfsd", "csd", "bridge", "vsd@7.5")(r)),
 }

@@ -3,7 +3,7 @@ import torch
 
 import asd
 import text_to_3d
-from claims.pictures import LATE, SMALL, drift, minus, to_bytes
+from claims.pictures import LATE, SIDE, SMALL, drift, minus, to_bytes
 from claims.work import Claim, Job, mean_and_error
 from export import picture_measures, sheet
 from nerf import orbit, rays, render, solid_pictures
@@ -110,7 +110,7 @@ def drawn(path, results):
             for name in names]
     truth = torch.cat([solid_pictures(*find_solid(prompt), orbit(8)[1:2]).over(1.0)
                        for prompt in prompts]).movedim(-1, 1).clamp(0, 1)
-    sheet(path, prompts, [*rows, ("the true solids", truth, ["1"] * len(prompts))], 128,
+    sheet(path, prompts, [*rows, ("the true solids", truth, ["1"] * len(prompts))], SIDE,
           corner="silhouette IoU", colors=256)
 
 
@@ -118,7 +118,7 @@ def progress(path, results):
     """Fig. 7 in 3D: late in the run, from the side."""
     rows = [(f"{name.upper()}, {prompt}", results[name, prompt, 0]["snapshots"][:, 1] / 255)
             for prompt in SOLIDS[:3] for name in ("vsd", "asd")]
-    sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, 128, colors=256)
+    sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, SIDE, colors=256)
 
 
 LABELS = {"csd": "classifier term alone", "sds": "SDS", "vsd": "VSD", "asd": "ASD"}
