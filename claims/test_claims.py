@@ -86,6 +86,21 @@ def test_a_key_holds_weights_arguments_and_code(kept, monkeypatch):
     assert kept[0].file != first
 
 
+def test_older_runs_stand_where_the_shortest_ends_in_the_same_bits(kept, monkeypatch):
+    work.make(kept)
+    monkeypatch.setattr(work, "code_of", lambda module, name: "newer")
+    assert not any(job.file.exists() for job in kept)
+    first = [replace(kept[0], minutes=0.5), *kept[1:]]
+    assert work.vouch(first) == 4 and CALLS == [0, 1, 2, 3, 0]
+    assert [job.result()["value"].item() for job in kept] == [0, 1, 2, 3]
+    monkeypatch.setattr(work, "code_of", lambda module, name: "newest")
+    other = [replace(job, function=lambda value: {"value": torch.tensor([value + 1])})
+             for job in kept]                                           # it does another thing
+    assert work.vouch(other) == 0 and not any(job.file.exists() for job in other)
+    monkeypatch.setattr(work, "weights", lambda: "others")
+    assert work.vouch(kept) == 0 and CALLS == [0, 1, 2, 3, 0]           # nothing to go by
+
+
 def fresh(function):
     """The same without what it remembers."""
     function.cache_clear()
