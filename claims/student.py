@@ -35,10 +35,11 @@ LAM = 3.0                       # guidance of the teacher, whoever asks it: tiny
 # = (σ/α)(ε̃ − ε), that is (ε̃ − ε_φ) / mean|ε̃ − ε|; and of Gaussian data of variance 1, as tiny-sd's
 # latents are of, E|ε̃ − ε|² = α². So its weight is 1/α in all but its luck with the sample's noise.
 # t is DMD2's, all through: nothing has to be annealed, as the student begins at x̂0. One update of
-# φ a step ([33]'s) and shared noise (Algorithm 1) are for the time. θ's rate, and that it falls,
-# are chosen by stability alone: x̂0 has σ/α = 15 times the error of ε, and colours swung at 1e-4
-# and, where γ = −1 (the paper's 2D setting, in which φ never settles), at 3e-5. So ASD has γ = −½,
-# the paper's of 3D, where a network makes the pictures, too.
+# φ a step ([33]'s) and shared noise (Algorithm 1) are for the time; φ has rank 16 in place of 4,
+# as it is told of ten prompts' pictures, not of one. θ's rate, and that it falls, are chosen by
+# stability alone: x̂0 has σ/α = 15 times the error of ε, and colours swung at 1e-4 and, where γ = −1
+# (the paper's 2D setting, in which φ never settles), at 3e-5. So ASD has γ = −½, the paper's of 3D,
+# where a network makes the pictures, too.
 ROW = asd.Method(phi=functools.partial(LoRAPhi, rank=16), lam=LAM, omega="1/alpha", t_late=1.0,
                  lr=2e-5, lr_end=0.1, phi_lr=1e-3, steps=400, share_noise=True)
 ROWS = {"sds": replace(ROW, phi=asd.NoisePhi), "vsd": replace(ROW, gamma=0.0),
