@@ -277,7 +277,7 @@ def tests_5c(r):
     ends = {name: measures(late[-1], r) for name, late in r["recovered"].items()}
     tests, ours = {}, ends["asd"]
     for name in ("start", "sds", "vsd"):
-        end, label = ends[name], LABELS.get(name, name.upper())
+        end, label = ends[name], LABELS[name]
         tests[f"saturation, {label} − ASD"] = minus(end["saturation"], ours["saturation"])
         tests[f"score, ASD − {label}"] = minus(ours["score"], end["score"])
     return tests
@@ -417,13 +417,14 @@ def progress(path, r):
 LABELS = {"csd": "the classifier term alone", "ms-sds": "SDS, t < T/2",
           "lmc": "LMC-SDS, guidance 2", "lmc, fixed ε": "LMC-SDS, fixed noise",
           "bridge": "SDS-Bridge", "nfsd": "NFSD",
-          "shared": "ASD, shared noise", "start": "the start", "samples": "the prior's samples"} | {
+          "shared": "ASD, shared noise", "start": "the start", "samples": "the prior's samples",
+          "sds@2": "SDS, guidance 2"} | {name: name.upper() for name in asd.METHODS} | {
     f"{name}@{lam:g}": f"{name.upper()}, guidance {lam:g}" for name in asd.METHODS for lam in LADDER
 } | {f"short {name}": f"{name.upper().replace('†', ', 50 updates of phi')}"
      for name in ("sds", "vsd", "vsd†")} | {
     name: f"ASD, gamma {gamma:g}" for gamma, name in GAMMAS.items() if " γ " in name}
-# an under-trained model of 64 × 64 pixels, whose judge it shares its data with
-SMALL = "64 × 64 pixels; a judge trained on the same pictures as the prior"
+SMALL = ("64 × 64 pixels; a judge trained on the same pictures as the prior; HSV saturation is a "
+         "mean over the picture, which grain and colours that clip to white lower")
 
 
 def claim(title, says, tests, keys, figure=None, numbers=None, shown=None, more=()):
@@ -446,7 +447,7 @@ CLAIMS = {
                 tests_5a, ["csd", "sds@7.5", "sds@10000"], more=["cosines"]),
     "5c": claim("thanks to its adversary ASD recovers from an over-saturated start; SDS and VSD "
                 "do not", "Fig. 5c, §5", tests_5c, [], more=["recovered"], numbers=lambda r: {
-                    key: {name: mean_and_error(each) for name, each in measures(
+                    LABELS[key]: {name: mean_and_error(each) for name, each in measures(
                         late[-1], r).items()} for key, late in r["recovered"].items()},
                 figure=drawn("start", "sds", "vsd", "asd",
                              key_of=lambda r, key: r["recovered"][key])),
