@@ -70,7 +70,11 @@ def sheet(path, columns, rows, side, left=None, corner="", colors=None):
             middle = left + side * (i + 0.5), y + side + under // 2
             write.text(middle, note, "black", small, anchor="mm")
     if colors:
-        page = page.quantize(palette=page.quantize(colors), dither=Image.Dither.FLOYDSTEINBERG)
+        few = page.quantize(colors)
+        palette = few.getpalette()                    # its lightest colour is the page's white
+        lightest = max(range(0, len(palette), 3), key=lambda i: sum(palette[i:i + 3]))
+        few.putpalette(palette[:lightest] + [255] * 3 + palette[lightest + 3:])
+        page = page.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG)
     save_png(page, path)
 
 
