@@ -70,11 +70,10 @@ def sheet(path, columns, rows, side, left=None, corner="", colors=None):
             middle = left + side * (i + 0.5), y + side + under // 2
             write.text(middle, note, "black", small, anchor="mm")
     if colors:
-        few = page.quantize(colors)
-        palette = few.getpalette()                    # its lightest colour is the page's white
-        lightest = max(range(0, len(palette), 3), key=lambda i: sum(palette[i:i + 3]))
-        few.putpalette(palette[:lightest] + [255] * 3 + palette[lightest + 3:])
-        page = page.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG)
+        page = page.quantize(palette=page.quantize(colors), dither=Image.Dither.FLOYDSTEINBERG)
+        palette = torch.tensor(page.getpalette()).view(-1, 3)     # white is white, not nearly so
+        palette[palette.amin(1) > 247] = 255
+        page.putpalette(palette.flatten().tolist())
     save_png(page, path)
 
 
