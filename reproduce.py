@@ -138,26 +138,27 @@ def listing(folder):
 def main(argv=None):
     parser = Parser(prog="reproduce.py", description="The paper's claims, checked in miniature.")
     parser.add_argument("claims", nargs="*", metavar="CLAIM",
-                        help=f"{', '.join(CLAIMS)}, or all; without any: a list")
+                        help=f"{', '.join(map(file_name, CLAIMS))}, or all; without any: a list")
     parser.add_argument("--out", default=FOLDER, type=Path, help="default: figures/")
     parser.add_argument("--part", metavar="I/N", default="1/1", help="one of N processes' runs")
     parser.add_argument("--vouch", action="store_true", help="the code does what it did: keep its "
                         "older runs if the shortest of a kind, made again, ends in the same bits")
-    arguments = parser.parse_args(argv)
-    names = list(CLAIMS) if "all" in arguments.claims else arguments.claims
 
     def work():
-        wrong = set(names) - CLAIMS.keys()
+        given = parser.parse_args(argv)
+        named = {file_name(name): name for name in CLAIMS} | {name: name for name in CLAIMS}
+        wrong = [name for name in given.claims if name not in named and name != "all"]
         if wrong:
-            raise UserError(f"{min(wrong)} is no claim: choose {', '.join(CLAIMS)} or all")
+            raise UserError(f"{wrong[0]} is no claim: choose {', '.join(map(file_name, CLAIMS))} or all")
+        names = list(CLAIMS) if "all" in given.claims else [named[name] for name in given.claims]
         jobs = {job.file: job for name in names for job in CLAIMS[name].jobs.values()}
-        if arguments.vouch:
+        if given.vouch:
             print(vouch(jobs.values()), "older runs kept")
-        if not make(list(jobs.values()), arguments.part):
+        if not make(list(jobs.values()), given.part):
             print("the other parts are not done yet")
         elif names:
-            write(arguments.out, names)
-        listing(arguments.out)
+            write(given.out, names)
+        listing(given.out)
     status = guarded("reproduce.py", work, go_on=lambda: "; the same command goes on")
     if status:
         sys.exit(status)

@@ -269,7 +269,7 @@ def test_the_command_writes_its_tables_once(kept, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(reproduce, "CLAIMS", {"γ": claim_of(kept)})
     (tmp_path / "README.md").write_text("\n".join(["before", *reproduce.MARKS, "after"]))
     folder = tmp_path / "figures"
-    reproduce.main(["γ", "--out", str(folder), "--part", "1/2"])
+    reproduce.main(["gamma", "--out", str(folder), "--part", "1/2"])
     assert not folder.exists() and "not done yet" in capsys.readouterr().out
     reproduce.main(["all", "--out", str(folder)])
     assert "holds" in capsys.readouterr().out
