@@ -137,8 +137,8 @@ def listing(folder):
 
 def main(argv=None):
     parser = Parser(prog="reproduce.py", description="The paper's claims, checked in miniature.")
-    parser.add_argument("claims", nargs="*", metavar="CLAIM",
-                        help=f"{', '.join(map(file_name, CLAIMS))}, or all; without any: a list")
+    choices = f"{', '.join(map(file_name, CLAIMS))} or all"
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"{choices}; none: a list")
     parser.add_argument("--out", default=FOLDER, type=Path, help="default: figures/")
     parser.add_argument("--part", metavar="I/N", default="1/1", help="one of N processes' runs")
     parser.add_argument("--vouch", action="store_true", help="the code does what it did: keep its "
@@ -149,7 +149,7 @@ def main(argv=None):
         named = {file_name(name): name for name in CLAIMS} | {name: name for name in CLAIMS}
         wrong = [name for name in given.claims if name not in named and name != "all"]
         if wrong:
-            raise UserError(f"{wrong[0]} is no claim: choose {', '.join(map(file_name, CLAIMS))} or all")
+            raise UserError(f"{wrong[0]} is no claim: choose {choices}")
         names = list(CLAIMS) if "all" in given.claims else [named[name] for name in given.claims]
         jobs = {job.file: job for name in names for job in CLAIMS[name].jobs.values()}
         if given.vouch:
