@@ -427,30 +427,34 @@ SMALL = ("64 × 64 pixels; a judge trained on the same pictures as the prior; HS
          "mean over the picture, which grain and colours that clip to white lower")
 
 
-def claim(title, says, tests, keys, figure=None, numbers=None, shown=None, more=()):
+def claim(title, says, tests, keys, figure=None, numbers=None, shown=None, more=(), seen=""):
+    """seen: what one sees, and the measures, which were chosen beforehand, do not."""
     jobs = {key: JOBS[key] for key in ("samples", *keys, *more)}
     shown = shown or keys
     return Claim(title, says, jobs, tests, figure or drawn("samples", *shown),
-                 numbers or table(*keys), SMALL)
+                 numbers or table(*keys), SMALL + seen)
 
 
 THREE = [f"{name}@7.5" for name in asd.METHODS]
 SWEEP = [f"{name}@{lam:g}" for name in asd.METHODS for lam in LAMBDAS]
 CLAIMS = {
     "1a": claim("SDS over-smooths at a small λ and over-saturates at a large one", "Fig. 1a, §1",
-                tests_1a, ["sds@1", "sds@7.5", "sds@30", "sds@100"]),
+                tests_1a, ["sds@1", "sds@7.5", "sds@30", "sds@100"],
+                seen="; to the eye it holds from λ 1, pale and smooth, to 100, garish and clipped"),
     "1b": claim("at a small λ VSD drifts; ASD keeps object and structure", "Figs. 1b, 7, §6",
                 tests_1b, ["vsd@7.5", "asd@7.5", "vsd@1", "asd@1"], figure=progress),
     "4": claim("VSD with 50 updates of φ a step over-smooths as SDS does", "Fig. 4, §5",
                tests_4, ["short sds", "short vsd", "short vsd†"]),
     "5a": claim("the classifier term alone is SDS at λ = 10 000: over-saturated", "Fig. 5a, §5",
-                tests_5a, ["csd", "sds@7.5", "sds@10000"], more=["cosines"]),
+                tests_5a, ["csd", "sds@7.5", "sds@10000"], more=["cosines"],
+                seen="; to the eye both are alike, garish and clipped"),
     "5c": claim("thanks to its adversary ASD recovers from an over-saturated start; SDS and VSD "
                 "do not", "Fig. 5c, §5", tests_5c, [], more=["recovered"], numbers=lambda r: {
                     LABELS[key]: {name: mean_and_error(each) for name, each in measures(
                         late[-1], r).items()} for key, late in r["recovered"].items()},
                 figure=drawn("start", "sds", "vsd", "asd",
-                             key_of=lambda r, key: r["recovered"][key])),
+                             key_of=lambda r, key: r["recovered"][key]),
+                seen="; to the eye the start is garish, and all three recover from it"),
     "6": claim("quality in 2D: ASD is better than SDS and VSD", "Fig. 6a, §6", tests_6, THREE),
     "λ": claim("ASD is insensitive to λ, SDS and VSD are not", "abstract, §8", tests_cfg, SWEEP,
                shown=SWEEP),
