@@ -83,11 +83,14 @@ def measured(record):
 
 
 def short_table(records):
-    """README's: a line for each claim."""
+    """README's: a line for each claim, run or not."""
     lines = ["| | the paper says | measured here | verdict |", "|---|---|---|---|"]
-    for name, record in records.items():
-        lines.append(f"| [{name}](figures/README.md#{file_name(name).lower()}) | {record['claim']} "
-                     f"({record['paper']}) | {measured(record)} | **{record['verdict']}** |")
+    for name, claim in CLAIMS.items():
+        link, cells = f"[{name}](figures/README.md#{file_name(name).lower()})", "– | not run"
+        if name in records:
+            cells = f"{measured(records[name])} | **{records[name]['verdict']}**"
+        lines.append(f"| {link if name in records else name} | {claim.title} ({claim.says}) | "
+                     f"{cells} |")
     return "\n".join(lines)
 
 
