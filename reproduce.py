@@ -89,8 +89,8 @@ def short_table(records):
         link, cells = f"[{name}](figures/README.md#{file_name(name).lower()})", "– | not run"
         if name in records:
             cells = f"{measured(records[name])} | **{records[name]['verdict']}**"
-        lines.append(f"| {link if name in records else name} | {claim.title} ({claim.says}) | "
-                     f"{cells} |")
+        says = f"{claim.title} ({claim.says})".replace("|", "\\|")
+        lines.append(f"| {link if name in records else name} | {says} | {cells} |")
     return "\n".join(lines)
 
 
