@@ -54,7 +54,7 @@ def write(folder, names):
                                                   ensure_ascii=False))
     write_text(folder / "README.md", long_table(ordered))
     page = folder.parent / "README.md"
-    if page.exists():
+    if folder == FOLDER and page.exists():
         write_text(page, with_table(page.read_text("utf-8"), ordered))
 
 
@@ -74,9 +74,9 @@ def shown(value):
 
 def measured(record):
     """What was measured, in a cell: the first test, and how many are as the paper says."""
-    tests = record["tests"]
-    sure = sum(test["mean"] > 2 * test["error"] for test in tests.values())
-    against = sum(test["mean"] < -2 * test["error"] for test in tests.values())
+    tests = {name: test for name, test in record["tests"].items()
+             if not name.startswith(("control: ", "ours: "))}
+    sure, against = (sum(test["sure"] == sign for test in tests.values()) for sign in (1, -1))
     name, first = next(iter(tests.items()))
     return (f"{name}: {first['mean']:+.3f} ± {first['error']:.3f}; of {len(tests)} tests {sure} "
             f"surely as the paper says, {against} surely not")
@@ -112,9 +112,10 @@ def long_table(records):
         parts += [f'<a id="{file.lower()}"></a>', "", f"## {name}: {record['claim']}", "",
                   f"{record['paper']}. **{record['verdict'].capitalize()}.** "
                   f"Limits: {record['limits']}.", "",
-                  "| the paper says that this is positive | mean ± standard error | n |",
-                  "|---|---|---|"]
-        parts += [f"| {test} | {each['mean']:+.4f} ± {each['error']:.4f} | {each['n']} |"
+                  "| the paper says that this is positive | mean ± standard error | n | sure |",
+                  "|---|---|---|---|"]
+        parts += [f"| {test} | {each['mean']:+.4f} ± {each['error']:.4f} | {each['n']} | "
+                  f"{('no', 'yes', 'the other way')[each['sure']]} |"
                   for test, each in record["tests"].items()]
         if record["numbers"]:
             columns = list(dict.fromkeys(key for row in record["numbers"].values() for key in row))

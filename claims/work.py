@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,10 +23,14 @@ from prior import HERE, UserError
 from tiny.corrective import fingerprint
 
 KEPT = Path("outputs/claims")
-RULE = ("Each test is a difference that the paper says is positive, paired run by run (the same "
-        "prompt or solid and seed). It is sure where its mean is more than two standard errors "
-        "from 0. The claim holds if all its tests are surely positive; it does not hold here if "
-        "one is surely negative; else it is undecided.")
+RULE = (
+    "Each test is a difference that the paper says is positive, paired run by run (the same prompt "
+    "or solid and seed; seeds of one prompt or solid are averaged first). It is sure where 0 is "
+    "outside its 95 % interval by Student's t. The claim holds if all its tests are surely "
+    "positive; it does not hold here if one is surely negative; else it is undecided, as it is "
+    "where a control, which says that the measure sees what the claim is about, is not surely "
+    "positive. Tests of ours, which the paper does not say, count for no verdict. (Added after the "
+    "first runs: the average over seeds and t, both stricter, controls, what is ours.)")
 
 
 # ------------------------------------------------------------------------------------------ jobs
@@ -73,6 +78,8 @@ def make(jobs, part="1/1"):
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise UserError(f"--part {part} is no part: 1/2 is the first of two")
     missing = [job for job in jobs[int(i) - 1::int(n)] if not job.file.exists()]
+    if int(n) > 1:
+        torch.set_num_threads(1)              # the other processes have the other cores
     with tqdm(total=round(sum(job.minutes for job in missing)), disable=not missing,
               desc=f"part {part}", unit="min", file=sys.stderr) as bar:
         for job in missing:
@@ -86,24 +93,26 @@ def make(jobs, part="1/1"):
 def vouch(jobs):
     """For code that was changed and does the same. -> how many results are kept.
 
-    Of each function the shortest job whose older result is there is made again. If it ends in the
-    same bits, all results of the same weights and arguments are taken for the new code's.
+    Of each kind, a function and its first argument (the method), the shortest job whose older
+    result is there is made again. If it ends in the same bits, all results of that kind which are
+    of the same older code, weights and arguments are taken for the new code's.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
-    older, same, kept = {}, {}, 0
+    older, same, kept = [], {}, 0
     for job in sorted(jobs, key=lambda job: job.minutes):
         for file in KEPT.glob(f"{glob.escape(job.name)}-????????.safetensors"):
             with safe_open(file, "pt") as opened:
                 about = opened.metadata() or {}
             if {**job.about(), "code": about.get("code")} == about and not job.file.exists():
-                older[job] = load_file(file)
-    for job, before in older.items():
-        if job.function not in same:
+                older.append((job, about["code"], load_file(file)))
+    for job, code, before in older:
+        kind = job.function, code, *list(job.arguments.values())[:1]
+        if kind not in same:
             now = job.run()
-            same[job.function] = now.keys() == before.keys() and all(
+            same[kind] = now.keys() == before.keys() and all(
                 torch.equal(now[name], before[name]) for name in now)
-        if same[job.function]:
+        if same[kind] and not job.file.exists():
             job.keep(before)
             kept += 1
     return kept
@@ -111,10 +120,12 @@ def vouch(jobs):
 
 @functools.cache
 def weights():
-    """A digest of the embedded models' weights."""
-    digest = hashlib.sha256()
-    for file in sorted((HERE / "tiny").rglob("*.safetensors")):
-        digest.update(file.read_bytes())
+    """A digest of the embedded models, whole, and of the packages that run them."""
+    digest = hashlib.sha256(repr([version(name) for name in ("torch", "diffusers", "peft")])
+                            .encode())
+    for file in sorted([*HERE.glob("tiny/*/**/*.*"), *HERE.glob("tiny/*.safetensors")]):
+        if file.suffix in (".json", ".txt", ".safetensors"):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:8]
 
 
@@ -181,10 +192,11 @@ def code_of(module, name):
 # ---------------------------------------------------------------------------- tests and verdicts
 @dataclass(frozen=True)
 class Claim:
-    """says: what the paper says, and where. jobs {key: Job}. tests(what the jobs returned by key)
-    -> {what is compared: its paired differences, positive if the paper is right}. figure(path,
-    what the jobs returned) draws. numbers(…) -> more of the table, {row: {measure: value}}. limits:
-    why the miniature may be no judge of this.
+    """title and says: what the paper says, and where. jobs {key: Job}. tests(what the jobs returned
+    by key) -> {what is compared: its paired differences, positive if the paper is right}; a name
+    may begin with "control: " or "ours: ". clusters: difference i is of prompt or solid i %
+    clusters; None: each has one of its own. figure(path, what the jobs returned) draws. numbers(…)
+    -> more of the table, {row: {measure: value}}. limits: why the miniature may be no judge of it.
     """
     title: str
     says: str
@@ -193,12 +205,12 @@ class Claim:
     figure: Callable | None = None
     numbers: Callable | None = None
     limits: str = ""
+    clusters: int | None = None
 
     def record(self, results):
         """All that is said of it, as claims.json has it; results: what its jobs returned."""
-        tests = {name: dict(zip(("mean", "error", "n"), (*mean_and_error(each), len(each)),
-                                strict=True)) for name, each in self.tests(results).items()}
-        return {"claim": self.title, "paper": self.says, "verdict": verdict(tests.values()),
+        tests = {name: tested(each, self.clusters) for name, each in self.tests(results).items()}
+        return {"claim": self.title, "paper": self.says, "verdict": verdict(tests),
                 "tests": tests, "limits": self.limits,
                 "numbers": self.numbers(results) if self.numbers else {}}
 
@@ -213,9 +225,21 @@ def mean_and_error(values):
     return mean, math.sqrt(spread / len(values))
 
 
+def tested(values, clusters=None):
+    """Paired differences -> {"mean", "error", "n", "sure": 1, −1, or 0 where 0 is not outside}."""
+    from scipy.stats import t
+    if clusters and len(values) > clusters:
+        values = [sum(values[i::clusters]) / len(values[i::clusters]) for i in range(clusters)]
+    mean, error = mean_and_error(values)
+    beyond = abs(mean) > t.ppf(0.975, len(values) - 1) * error        # of one alone: nan, False
+    return {"mean": mean, "error": error, "n": len(values),
+            "sure": int(math.copysign(beyond, mean))}
+
+
 def verdict(tests):
-    """RULE: tests, each {"mean": …, "error": …} -> "holds", "does not hold here", "undecided"."""
-    tests = list(tests)
-    if any(test["mean"] < -2 * test["error"] for test in tests):
-        return "does not hold here"
-    return "holds" if all(test["mean"] > 2 * test["error"] for test in tests) else "undecided"
+    """RULE: {name: {"sure": …}} -> "holds", "does not hold here", "undecided"."""
+    if any(test["sure"] < 1 for name, test in tests.items() if name.startswith("control: ")):
+        return "undecided"
+    sure = [test["sure"] for name, test in tests.items()
+            if not name.startswith(("control: ", "ours: "))]
+    return "does not hold here" if min(sure) < 0 else "holds" if min(sure) > 0 else "undecided"
