@@ -5,10 +5,10 @@
     python reproduce.py all                # every one; hours, and the same command goes on
     python reproduce.py all --part 1/2     # a half of the runs, "2/2" in another process
 
-A claim is a few runs (claims/), tests of what they made and a verdict by one rule, which was
-written before them (claims/work.py's RULE). Runs are kept in outputs/claims/, named by the weights,
-the settings and the code that they depend on, and are not made again. figures/claims.json has all
-numbers; the tables of README.md and figures/README.md are written from it.
+A claim is a few runs (claims/), tests of what they made and a verdict by one rule (claims/work.py's
+RULE). Runs are kept in outputs/claims/, named by the weights, the settings and the code that they
+depend on, and are not made again. figures/claims.json has all numbers; the tables of README.md and
+figures/README.md are written from it.
 """
 import json
 import sys

@@ -3,7 +3,7 @@
 A Job is a function and its arguments; what it returns, tensors by name, is kept in outputs/claims/
 under a name that has a key of all that it depends on: the weights in tiny/, the arguments, and the
 code that it can reach (comments and docstrings apart). A Claim names its jobs and turns what they
-returned into tests; one rule, written before any run, turns the tests into a verdict.
+returned into tests; one rule turns the tests into a verdict.
 """
 import ast
 import functools
