@@ -22,7 +22,8 @@ def solid(method, prompt, seed):
     """
     prior, row = asd.Prior.from_pretrained("tiny-sd"), text_to_3d.methods()[method]
     rng, snapshots = torch.Generator().manual_seed(seed), []
-    settings = text_to_3d.DEFAULTS | {"prompt": prompt, "seed": seed, "kernels": "torch"}
+    settings = text_to_3d.DEFAULTS | vars(row) | {"prompt": prompt, "seed": seed,
+                                                  "kernels": "torch"}
     state, cond = text_to_3d.build(settings, prior, row, rng, None, True)
 
     def keep(state, terms):
