@@ -21,6 +21,7 @@ import torch
 from export import moved_into
 from prior import HERE, UserError
 from tiny.corrective import fingerprint
+from tiny.training import threads_kept
 
 KEPT = Path("outputs/claims")
 RULE = (
@@ -78,10 +79,10 @@ def make(jobs, part="1/1"):
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise UserError(f"--part {part} is no part: 1/2 is the first of two")
     missing = [job for job in jobs[int(i) - 1::int(n)] if not job.file.exists()]
-    if int(n) > 1:
-        torch.set_num_threads(1)              # the other processes have the other cores
-    with tqdm(total=round(sum(job.minutes for job in missing)), disable=not missing,
+    with threads_kept(), tqdm(total=round(sum(job.minutes for job in missing)), disable=not missing,
               desc=f"part {part}", unit="min", file=sys.stderr) as bar:
+        if int(n) > 1:
+            torch.set_num_threads(1)              # the other processes have the other cores
         for job in missing:
             bar.set_postfix_str(job.name)
             if not job.file.exists():                       # another process may have made it
