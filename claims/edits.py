@@ -10,7 +10,7 @@ from claims.work import Claim, Job, mean_and_error
 from export import picture_measures, sheet
 from prior import ddim_samples
 from tiny.data import articled
-from tiny.judge import distances
+from tiny.judge import clip_features, distances
 
 # neighbours are alike, as replacement makes each the next one
 CONCEPTS = """fox,cat,dog,tiger,lion,panda,penguin,owl,frog,snail,whale,red apple,cherries,
@@ -125,17 +125,12 @@ def drawn(*names, example=(0, 2, 6)):
             for row in names:
                 late = r[kind, row]["late"]
                 shown = torch.stack([r[kind, row]["before"][i], *late[[0, 2, 4], i]])
-                text = features_of(target)
+                (text,), = clip_features([], [target])
                 notes = [f"{x:.2f}" for x in features(shown)[0] @ text]
                 lines.append((f"{kind}, {row.upper()}\n-> {target}", shown / 255, notes))
         sheet(path, ["source", *(f"{LATE[i]:.0%} of the steps" for i in (0, 2, 4))], lines, SIDE,
               left=240, corner="tiny-clip's score of the target", colors=256)
     return figure
-
-
-def features_of(text):
-    from tiny.judge import load_judge, text_features
-    return text_features(*load_judge(), [text])[0]
 
 
 def claim(title, says, tests, rows, shown, seen=""):

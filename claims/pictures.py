@@ -93,7 +93,7 @@ def distilled(method, texts=TEXTS, start=None, words=None, seed=0, **changes):
 def job(method, minutes=None, **arguments):
     """What distilled() makes of a row, named by what is special about it."""
     trained = all_methods()[method].phi is asd.LoRAPhi
-    words = [f"{key}{value:g}" for key, value in arguments.items() if key not in ("words", "texts")]
+    words = [f"{key}{value:g}" for key, value in arguments.items() if key != "words"]
     return Job("-".join(["picture", method, *words]), distilled, {"method": method} | arguments,
                minutes or (3.5 if trained else 1.2))
 
@@ -173,11 +173,6 @@ JOBS["short vsd†"] = job("vsd", phi_steps=50, minutes=30, **SHORT)
 
 
 # ------------------------------------------------------------------------------------ the measures
-def one_by_one(late):
-    """uint8 [N, 3, H, W] -> [N] RGB [1, 3, H, W] in [0, 1]."""
-    return (late / 255).split(1)
-
-
 @functools.lru_cache(maxsize=256)
 def _features(data, shape):
     images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape) / 255
@@ -196,7 +191,7 @@ def measures(images, results):
     saturation, sharpness: export.picture_measures'. score: tiny-clip's cosine with the prompt.
     distance: 1 − the mean cosine, in its features, with the prior's own samples of that prompt.
     """
-    each = [picture_measures(image) for image in one_by_one(images)]
+    each = [picture_measures(image) for image in (images / 255).split(1)]
     mine, texts = features(images)
     own = torch.stack([features(x)[0].mean(0) for x in results["samples"]["samples"]])
     return {key: [one[key] for one in each] for key in each[0]} | {
@@ -442,11 +437,10 @@ SMALL = ("64 × 64 pixels; a judge trained on the same pictures as the prior; HS
          "mean over the picture, which grain and colours that clip to white lower")
 
 
-def claim(title, says, tests, keys, figure=None, numbers=None, shown=None, more=(), seen=""):
+def claim(title, says, tests, keys, figure=None, numbers=None, more=(), seen=""):
     """seen: what one sees, and the measures, which were chosen beforehand, do not."""
     jobs = {key: JOBS[key] for key in ("samples", *keys, *more)}
-    shown = shown or keys
-    return Claim(title, says, jobs, tests, figure or drawn("samples", *shown),
+    return Claim(title, says, jobs, tests, figure or drawn("samples", *keys),
                  numbers or table(*keys), SMALL + seen, len(PROMPTS))
 
 
@@ -454,8 +448,7 @@ THREE = [f"{name}@7.5" for name in asd.METHODS]
 SWEEP = [f"{name}@{lam:g}" for name in asd.METHODS for lam in LAMBDAS]
 CLAIMS = {
     "1a": claim("SDS over-smooths at a small λ and over-saturates at a large one", "Fig. 1a, §1",
-                tests_1a, ["sds@1", "sds@7.5", "sds@30", "sds@100"],
-                more=["sds@10000"],
+                tests_1a, ["sds@1", "sds@7.5", "sds@30", "sds@100"], more=["sds@10000"],
                 seen="; to the eye it holds from λ 1, pale and smooth, to 100, garish and clipped"),
     "1b": claim("at a small λ VSD drifts; ASD keeps object and structure", "Figs. 1b, 7, §6",
                 tests_1b, ["vsd@7.5", "asd@7.5", "vsd@1", "asd@1"], figure=progress),
@@ -472,8 +465,7 @@ CLAIMS = {
                              key_of=lambda r, key: r["recovered"][key]),
                 seen="; to the eye the start is garish, and all three recover from it"),
     "6": claim("quality in 2D: ASD is better than SDS and VSD", "Fig. 6a, §6", tests_6, THREE),
-    "λ": claim("ASD is insensitive to λ, SDS and VSD are not", "abstract, §8", tests_cfg, SWEEP,
-               shown=SWEEP),
+    "λ": claim("ASD is insensitive to λ, SDS and VSD are not", "abstract, §8", tests_cfg, SWEEP),
     "γ": claim("from γ = −1 over VSD's 0 the discriminator weakens, to the classifier alone at γ ≫ "
                "0", "§5", tests_gamma,
                [*GAMMAS.values(), "csd"], more=[f"sds@{lam:g}" for lam in LADDER],

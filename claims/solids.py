@@ -3,9 +3,9 @@ import torch
 
 import asd
 import text_to_3d
-from claims.pictures import LATE, SIDE, SMALL, drift, minus, to_bytes
+from claims.pictures import LABELS, LATE, SIDE, SMALL, drift, minus, to_bytes
 from claims.work import Claim, Job, mean_and_error
-from export import sheet
+from export import picture_measures, sheet
 from nerf import orbit, rays, render, solid_pictures
 from text_to_3d import view_scores
 from tiny.judge import clip_features, clip_score
@@ -50,12 +50,6 @@ THREE = solid_jobs(asd.METHODS)
 CLASSIFIER = solid_jobs(["csd"], minutes=1.5)
 
 
-def hsv_saturation(colours):
-    """uint8 [N, 3] -> the mean."""
-    high, low = colours.amax(1).float(), colours.amin(1).float()
-    return ((high - low) / high.clamp(min=1)).mean().item()
-
-
 def measured(result, prompt):
     """{measure: number} of one run: its eight views' score in tiny-clip; off the white background
     HSV saturation and the share of colours at 0 or 255; silhouette IoU, PSNR; two drifts of its
@@ -68,7 +62,7 @@ def measured(result, prompt):
         drift(result["snapshots"][:, [i]]) for i in range(4))))
     iou, quality = result["scores"].tolist()
     return {"score": (seen @ text.T).mean().item(), "IoU": iou, "PSNR": quality,
-            "saturation": hsv_saturation(colours),
+            "saturation": picture_measures(colours.T[None, :, None] / 255)["saturation"],
             "clipped": ((colours == 0) | (colours == 255)).float().mean().item(),
             "drift in pixels": pixels, "drift in features": turned}
 
@@ -128,7 +122,6 @@ def progress(path, results):
     sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, SIDE, colors=256)
 
 
-LABELS = {"csd": "classifier term alone", "sds": "SDS", "vsd": "VSD", "asd": "ASD"}
 LIMITS = SMALL + "; tiny-clip may rank a distilled solid above the true one"
 CLAIMS = {
     "T1": Claim("quality in 3D: ASD is better than SDS and VSD", "Table 1, Fig. 6b, §6", THREE,

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import asd
+from claims.pictures import to_bytes
 from claims.work import Claim, Job, mean_and_error
 from export import sheet
 from phi import LoRAPhi
@@ -78,7 +79,7 @@ def pictures(prior, sampler, seed, prompts=PROMPTS, each=EACH):
     with torch.no_grad():
         for prompt in prompts:
             noise = torch.randn(each, *prior.shape, generator=rng).to(prior.device)
-            made.append((255 * prior.decode(sampler(noise, prompt))).round().byte().cpu())
+            made.append(to_bytes(prior.decode(sampler(noise, prompt))))
     return torch.cat(made)
 
 
