@@ -9,22 +9,18 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 
     ∇θ L'_G = E[ ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ ) · ∂x0/∂θ ]                               (7)
 
-| equation                          | function                   | in test_asd.py               |
-|-----------------------------------|----------------------------|------------------------------|
-| 1  the diffusion loss's gradient  | sds_grad at λ = 1          | test_sds_with_cfg_is_not_…   |
-| 2  classifier-free guidance       | cfg_noise                  | test_equation[cfg_noise]     |
-| 3  SDS                            | sds_grad                   | test_sds_is_eq7_…            |
-| 4  WGAN with a gradient penalty   | wgan_objective             | test_equation[…]             |
-| 5  the discriminator              | log_discriminator          | test_equation[…]             |
-| 6  generator's loss, and bound    | generator_loss, _bound     | test_eq6_…                   |
-| –  a diffusion model classifies   | classifier_score           | test_equation[…]             |
-| 7  generator's gradient           | generator_grad             | test_eq7_…                   |
-| 8  discriminator's loss           | discriminator_loss_density | test_eq8_…                   |
-| –  its penalty, in noise          | gradient_penalty           | test_equation[…]             |
-| 9  Eq. 8 in noise predictions     | discriminator_loss         | test_eq9_…                   |
-| –  the condition under it         | gamma_lower_bound          | test_the_condition_…         |
-| 10 without real samples           | discriminator_loss_text    | test_eq10_…                  |
-| –  the minimiser of Eq. 10 (ours) | optimal_eps_phi            | test_minimiser_…, test_lam_… |
+| equation                   | function                                        | in test_asd.py    |
+| -------------------------- | ----------------------------------------------- | ----------------- |
+| 1  the diffusion loss      | sds_grad at λ = 1                               | test_sds_with_…   |
+| 2  guidance                | cfg_noise                                       | test_equation[…]  |
+| 3  SDS                     | sds_grad                                        | test_sds_is_eq7_… |
+| 4  WGAN with a penalty     | wgan_objective                                  | test_equation[…]  |
+| 5  the discriminator       | log_discriminator                               | test_equation[…]  |
+| 6  generator's loss, bound | generator_loss, generator_bound                 | test_eq6_…        |
+| 7  generator's gradient    | generator_grad; classifier_score                | test_eq7_…        |
+| 8  discriminator's loss    | discriminator_loss_density, gradient_penalty    | test_eq8_…        |
+| 9  in noise, a condition   | discriminator_loss, gamma_lower_bound           | test_eq9_…, …     |
+| 10 without real samples    | discriminator_loss_text; optimal_eps_phi (ours) | test_eq10_…, …    |
 
 Eq. 11, editing, is in editing.py. Checked against the paper's full main text; its supplement was
 not available. Where the paper leaves something open, the code says so.
@@ -235,9 +231,8 @@ OMEGAS = {
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd; PAPER is for other models. Eq. 10 is affine at
-    γ = −1, φ never settles: θ must be slow, or colours run away. θ starts as noise, which only
-    small t take away; so they get weight, by ω = 1 and by t < T/2 in the second half.
+    The defaults were chosen by looking, on tiny-sd. At γ = −1 φ never settles: θ must be slow, or
+    colours run away. Only small t take away the noise that θ starts as: ω = 1, and t < T/2 late.
     """
     phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7
@@ -266,17 +261,14 @@ PAPER = ("§6: ProlificDreamer-2D's, by its README and program", {        # no r
     "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "phi_lr": 1e-4, "steps": 500})
 
 
-def generated(x0):
-    """What a Discriminator looks at by default: the generator's samples themselves."""
-    return x0
+generated = lambda x0: x0             # what a Discriminator sees by default: the samples themselves
 
 
 @dataclass
 class Discriminator:
     """D(x_t; y) of Eq. 5: what it asks for, what it is shown, and what its φ learns from.
 
-    cond        y [1 or B, L, C].
-    gamma, eta  of Eqs. 9 and 10.
+    cond        y [1 or B, L, C]; gamma, eta: of Eqs. 9 and 10.
     fake, real  x0 of x^g and x^r in Eq. 9; real None: there are none, Eq. 10.
     seen        x0 at which the generator's gradient is taken (editing shows D(x_t; z) the source).
     Each of these three is a tensor [1 or B, C, H, W], or a function of the generator's samples x0.
@@ -310,40 +302,6 @@ class State:
         self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0,
                                          fused=True) if phi_parameters else None
 
-    def parts(self):
-        """(name, tensor, its optimiser or None) of θ, φ and of what else the generator keeps."""
-        for part, optimizer in (("theta", self.opt_theta), ("phi", self.opt_phi)):
-            groups = optimizer.param_groups if optimizer else []
-            for i, parameter in enumerate(p for group in groups for p in group["params"]):
-                yield f"{part}.{i}", parameter, optimizer
-        for name, buffer in self.generator.named_buffers():
-            yield f"buffer.{name}", buffer, None
-
-    def tensors(self):
-        """{name: tensor}: everything but the step; the parameters are the living ones."""
-        kept = {"rng": self.rng.get_state(), "eps": self.eps, "real": self.real}
-        named = {name: tensor for name, tensor in kept.items() if tensor is not None}
-        for name, tensor, optimizer in self.parts():
-            named[name] = tensor.detach()
-            moments = optimizer.state.get(tensor, {}) if optimizer else {}
-            named |= {f"{name}.{key}": x for key, x in moments.items() if x is not None}
-        return named
-
-    def load_tensors(self, named, step):
-        """The inverse of tensors(); KeyError, ValueError, RuntimeError if they do not fit."""
-        def kept(name, like):
-            if (named[name].shape, named[name].dtype) != (like.shape, like.dtype):
-                raise ValueError(f"{name} has another shape or type")
-            return named[name].to(like.device, copy=True)
-        for name, tensor, optimizer in self.parts():
-            tensor.data.copy_(kept(name, tensor))
-            if f"{name}.step" in named:           # no gradient yet: no state
-                count = tensor.new_zeros(()) if optimizer.defaults.get("fused") else torch.zeros(())
-                optimizer.state[tensor] = {key: kept(f"{name}.{key}", like) for key, like in (
-                    ("step", count), ("exp_avg", tensor), ("exp_avg_sq", tensor))}
-        self.rng.set_state(kept("rng", self.rng.get_state()))
-        self.step, self.eps, self.real = step, named.get("eps"), named.get("real")
-
 
 def draw(rng, x0, lowest, highest):
     """t [B] uniform in lowest … highest, and ε like x0, from one generator on the CPU."""
@@ -351,12 +309,49 @@ def draw(rng, x0, lowest, highest):
     return t.to(x0.device), torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(x0.device)
 
 
-def in_parts(size, function, *tensors):
-    """function(*tensors), `size` samples at a time (None: all at once), put together again."""
-    if size is None or len(tensors[0]) <= size:
+class Share:
+    """What this process does of a step's n samples: units of `size` (None: one unit, all), which is
+    what a network is asked at once. ranks: several processes, see runs.Ranks."""
+
+    def __init__(self, n, size=None, ranks=None):
+        units = torch.arange(n).split(size or (1 if ranks else n))
+        self.n, self.count, self.ranks = n, len(units), ranks
+        self.units = units[ranks.rank::ranks.size] if ranks else units
+        self.rows = torch.cat(self.units)
+        self.sizes = [len(unit) for unit in self.units] if self.count > 1 else None
+
+    def draw(self, rng, x0, lowest, highest):
+        """draw() for all n samples, and the rows that are here."""
+        t, eps = draw(rng, x0[:1].expand(self.n, *x0.shape[1:]), lowest, highest)
+        return t[self.rows], eps[self.rows]
+
+    def backward(self, losses, optimizer):
+        """The gradients of all units' losses, summed. losses: (loss, a number to tell) of each unit
+        that is here, made one by one. -> all numbers."""
+        optimizer.zero_grad()
+        if self.ranks:
+            return self.ranks.backward(losses, optimizer, self.count)
+        told = []
+        for loss, number in losses:
+            loss.backward()
+            told.append(number.item())
+        return told
+
+
+def in_units(generator, size, ranks):
+    """A step's samples: [(x0, y, camera, regulariser)], each with a graph of its own, the Share."""
+    apart = hasattr(generator, "parts") and Share(generator.batch, size, ranks)
+    outs = generator.parts(apart.units) if apart and apart.count > 1 else [generator()]
+    outs = [(*(out if isinstance(out, tuple) else (out, None, None)),
+             generator.regulariser() if hasattr(generator, "regulariser") else 0) for out in outs]
+    return outs, apart or Share(len(outs[0][0]), size)
+
+
+def in_parts(sizes, function, *tensors):
+    """function(*tensors), so many samples at a time (None: all at once), put together again."""
+    if sizes is None:
         return function(*tensors)
-    missing = [None] * math.ceil(len(tensors[0]) / size)
-    parts = zip(*(missing if x is None else x.split(size) for x in tensors), strict=True)
+    parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in tensors))
     return torch.cat([function(*part) for part in parts])
 
 
@@ -366,18 +361,20 @@ def guidance(step, x_t, t, y, null, lam):
 
 
 @torch.no_grad()
-def ask(prior, questions, micro_batch=None):
+def ask(prior, questions, sizes=None):
     """A list of (x_t, t, cond), each [B, …], or None -> their ε's, or None: one batched call."""
     asked = [question for question in questions if question is not None]
-    together = in_parts(micro_batch, prior.eps, *(torch.cat(parts) for parts in zip(*asked)))
-    said = iter(together.split([len(t) for _, t, _ in asked]))
+    lengths = [len(t) for _, t, _ in asked]               # a φ may ask about some of the samples
+    sizes = sizes and [size for n in lengths for size in (sizes if n == sum(sizes) else [n])]
+    said = in_parts(sizes, prior.eps, *(torch.cat(parts) for parts in zip(*asked)))
+    said = iter(said.split(lengths))
     return [None if question is None else next(said) for question in questions]
 
 
-def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, micro_batch=None, said=()):
+def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, sizes=None, said=()):
     """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
-    size = None if getattr(phi, "whole", False) else micro_batch
-    of = lambda cond: in_parts(size, phi, x_t, t, cond, eps, camera, *said)
+    sizes = None if getattr(phi, "whole", False) else sizes
+    of = lambda cond: in_parts(sizes, phi, x_t, t, cond, eps, camera, *said)
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
 
 
@@ -393,36 +390,37 @@ class Update:
     real_y: torch.Tensor | None = None    # None: η = 0
 
 
-def discriminator_step(state, method, d, u, null, micro_batch=None, eps_phi=None):
+def discriminator_step(state, method, d, u, null, share=None, eps_phi=None):
     """Step 4 of the loop: one Update u of d's φ. -> loss_D.
 
-    Only φ has a graph; micro_batch bounds how many samples' live at once. eps_phi: φ at x_t^g, with
-    its graph, where the generator's step has computed it.
+    Only φ has a graph, that of one of the share's units at a time. eps_phi: φ at x_t^g, with its
+    graph, where the generator's step has computed it.
     """
-    y, total = d.cond.expand(len(u.t), -1, -1), 0.0
-    state.opt_phi.zero_grad()
-    for part in torch.arange(len(y), device=y.device).split(micro_batch or len(y)):
-        eps, said = u.eps[part], [eps_phi]
-        if eps_phi is None:                         # φ once, at x_t^g and x_t^r
-            looked_at = [x_t[part] for x_t in (u.fake_t, u.real_t) if x_t is not None]
-            t, cond, noise, camera = (None if v is None else torch.cat([v[part]] * len(looked_at))
-                                      for v in (u.t, y, u.eps, u.camera))
-            said = predict_phi(d.phi, torch.cat(looked_at), t, cond, null, noise, camera,
-                               method.lam_phi).chunk(len(looked_at))
-        # a prediction of the prior that has no weight is not asked for: φ's own stands for it
-        of_y = [phi.detach() if v is None else v[part]
-                for phi, v in zip(said, (u.fake_y, u.real_y))]
-        if u.real_t is None:
-            loss = discriminator_loss_text(eps, said[0], of_y[0], d.gamma)                # Eq. 10
-        else:
-            loss = discriminator_loss(eps, said[0], of_y[0], said[1], of_y[1], d.eta, d.gamma)
-        loss = loss * len(part) / len(y)
-        check_finite(loss, "discriminator's loss", state.step)
-        loss.backward()
-        total += loss.item()
+    y, share = d.cond.expand(len(u.t), -1, -1), share or Share(len(u.t))
+
+    def losses():
+        for part in torch.arange(len(y), device=y.device).split(share.sizes or len(y)):
+            eps, said = u.eps[part], [eps_phi]
+            if eps_phi is None:                     # φ once, at x_t^g and x_t^r
+                seen = [x_t[part] for x_t in (u.fake_t, u.real_t) if x_t is not None]
+                t, cond, noise, camera = (None if v is None else torch.cat([v[part]] * len(seen))
+                                          for v in (u.t, y, u.eps, u.camera))
+                said = predict_phi(d.phi, torch.cat(seen), t, cond, null, noise, camera,
+                                   method.lam_phi).chunk(len(seen))
+            # a prediction of the prior that has no weight is not asked for: φ's own stands for it
+            of_y = [phi.detach() if v is None else v[part]
+                    for phi, v in zip(said, (u.fake_y, u.real_y))]
+            if u.real_t is None:
+                loss = discriminator_loss_text(eps, said[0], of_y[0], d.gamma)            # Eq. 10
+            else:
+                loss = discriminator_loss(eps, said[0], of_y[0], said[1], of_y[1], d.eta, d.gamma)
+            loss = loss * len(part) / share.n
+            check_finite(loss, "discriminator's loss", state.step)
+            yield loss, loss.detach()
+    told = share.backward(losses(), state.opt_phi)
     check_gradients(state.opt_phi, "discriminator's gradient", state.step)
     state.opt_phi.step()
-    return total
+    return sum(told)
 
 
 def check_gradients(optimizer, name, step):
@@ -438,14 +436,13 @@ def check_finite(tensor, name, step):
                                  "--phi-lr, or --dtype float32")
 
 
-def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=None):
+def judge(prior, state, method, d, x0, null, noise, camera, share):
     """One step of the loop for the discriminator d: a Python generator, as two may work together.
 
     x0 [B, C, H, W] detached, noise = (t, ε). It yields its questions to the prior and is sent the
     answers (see ask); then it yields the gradient of Eq. 7, like x0; then, φ updated, loss_D.
     """
     t, eps = noise
-    alpha_t, sigma_t = prior.alpha_sigma(t)
 
     def noised(given, t, eps):
         given = given(x0) if callable(given) else given
@@ -457,10 +454,10 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
     trains = any(p.requires_grad for p in d.phi.parameters())
     again, updates = method.share_noise and d.fake is d.seen, []
     for _ in range(method.phi_steps if trains else 0):
-        t_phi, eps_phi = noise if method.share_noise else draw(state.rng, x0, 0, prior.steps - 1)
-        seen_from = camera
-        if camera is not None:               # one view in ten is learnt without its camera
-            seen_from = camera * (torch.rand(len(x0), 1, generator=state.rng) > 0.1).to(camera)
+        t_phi, eps_phi = noise if method.share_noise else share.draw(
+            state.rng, x0, 0, prior.steps - 1)
+        seen_from = None if camera is None else camera * (     # one view in ten without its camera
+            torch.rand(share.n, 1, generator=state.rng)[share.rows] > 0.1).to(camera)
         u = Update(t_phi, eps_phi, seen_from, x_t if again else noised(d.fake, t_phi, eps_phi),
                    None if d.real is None else noised(d.real, t_phi, eps_phi))
         updates.append(u)
@@ -474,37 +471,39 @@ def judge(prior, state, method, d, x0, null, noise, camera=None, micro_batch=Non
         u.fake_y = eps_y if again and d.gamma != 0 else fake_y
 
     def learn(eps_phi=None):
-        losses = [discriminator_step(state, method, d, u, null, micro_batch,
+        losses = [discriminator_step(state, method, d, u, null, share,
                                      eps_phi if i == 0 else None) for i, u in enumerate(updates)]
         return losses[-1] if losses else 0.0
     if method.phi_first:
         loss_D = learn()
     # ε_φ: with its graph where φ's update uses it again
     keep = trains and again and not method.phi_first and d.real is None and camera is None \
-        and (micro_batch or len(x0)) >= len(x0)
+        and share.count == 1
     with torch.set_grad_enabled(keep):
-        eps_phi = predict_phi(d.phi, x_t, t, told, null, eps, camera, method.lam_phi, micro_batch,
+        eps_phi = predict_phi(d.phi, x_t, t, told, null, eps, camera, method.lam_phi, share.sizes,
                               (eps_uncond, eps_y, *more))
-    omega = OMEGAS[method.omega](alpha_t, sigma_t)
+    omega = OMEGAS[method.omega](*prior.alpha_sigma(t))
     yield generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
     yield loss_D if method.phi_first else learn(eps_phi if keep else None)
 
 
 @torch.inference_mode(False)              # gradients, whatever the caller has switched off
 def distill(prior, generator, cond, method="asd", phi=None, second=None, state=None, seed=0,
-            micro_batch=None, callback=None, real=None):
+            micro_batch=None, callback=None, real=None, ranks=None):
     """The loop: optimise the generator's θ until its samples look to the prior like the prompt.
 
     prior       a Prior.
     generator   an nn.Module; generator() -> x0 [B, C, H, W], or (x0, cond, camera) where what is
                 asked for depends on the view (3D): cond [B, L, C], camera [B, 16] for φ.
                 generator.regulariser() -> a scalar that is added to its loss, if there is one.
+                generator.parts([rows, …]) -> the same for these of its `batch` samples, if it can.
     cond        [1 or B, L, C] from prior.encode_text.
     method      a Method, or a name in METHODS.
     phi         default: method.phi's, where that needs no prompt (an embedding does).
     second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
     state       to go on with, of the same generator and method, with its own phi, second and real.
-    micro_batch samples per UNet call; below B, φ with shared noise is evaluated once more.
+    micro_batch samples per network call; below B, φ with shared noise is evaluated once more.
+    ranks       several processes that share the samples, and end with the same State: runs.Ranks.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
     real        x0 [N, C, H, W] of real samples, for the image-conditioned case: φ learns by Eq. 9,
                 each time from B of them, drawn anew. Default: there are none, Eq. 10.
@@ -523,36 +522,36 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     while state.step < method.steps:
         began = time.perf_counter()
         # 1. x0 = g(θ);  x_t = α_t x0 + σ_t ε
-        out = generator()
-        x0, y, camera = out if isinstance(out, tuple) else (out, cond, None)
-        fake = x0.detach().clone()                                    # θ's step is in place
+        parts, mine = in_units(generator, micro_batch, ranks)
+        x0, y, camera = (None if part[0] is None else torch.cat(part).detach()
+                         for part in list(zip(*parts))[:3])           # a copy: θ's step is in place
+        y = y if y is not None else cond[mine.rows] if len(cond) > 1 else cond
         late = state.step >= method.t_late * method.steps
         highest = min(method.t_max, method.t_max_late) if late else method.t_max
-        noise = draw(state.rng, x0, *(min(round(f * prior.steps), prior.steps - 1)
-                                      for f in (method.t_min, highest)))
+        t, eps = draw(state.rng, x0[:1].expand(mine.n, -1, -1, -1), *(
+            min(round(f * prior.steps), prior.steps - 1) for f in (method.t_min, highest)))
         if method.fixed_noise:
-            state.eps = noise[1] if state.eps is None else state.eps.to(x0.device)
-            noise = noise[0], state.eps
+            state.eps = eps = eps if state.eps is None else state.eps.to(eps)
+        noise = t[mine.rows], eps[mine.rows]
         # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one. All draws of the
         # step come first, so that the prior is asked once for what θ and φ need of it
         first = Discriminator(state.phi, y, method.gamma, method.eta)
         if state.real is not None:
-            first.real = lambda x0: state.real.to(x0)[
-                torch.randint(len(state.real), x0.shape[:1], generator=state.rng)]
-        judges = [judge(prior, state, method, d, fake, null, noise, camera, micro_batch)
+            first.real = lambda x0, mine=mine: state.real.to(x0)[
+                torch.randint(len(state.real), (mine.n,), generator=state.rng)[mine.rows]]
+        judges = [judge(prior, state, method, d, x0, null, noise, camera, mine)
                   for d in (first, state.second) if d is not None]
         questions = [next(one) for one in judges]
-        answers = iter(ask(prior, sum(questions, []), micro_batch))
+        answers = iter(ask(prior, sum(questions, []), mine.sizes))
         grad, *minus = (one.send([next(answers) for _ in asked])
                         for one, asked in zip(judges, questions))
         grad = grad - minus[0] if minus else grad
         # 3. θ: Eq. 7, sent through x0 by the surrogate ⟨stop(grad), x0⟩ / B
         check_finite(grad, "generator's gradient", state.step)
-        surrogate = (grad * x0).sum().div(len(x0))
-        if hasattr(generator, "regulariser"):
-            surrogate = surrogate + generator.regulariser()
-        state.opt_theta.zero_grad()
-        surrogate.backward()
+        said = mine.backward((
+            ((part * x).sum() / mine.n + more * len(x) / mine.n, part.norm())
+            for part, (x, _, _, more) in zip(grad.split([len(part[0]) for part in parts]), parts)),
+            state.opt_theta)
         check_gradients(state.opt_theta, "generator's gradient", state.step)
         fall = (1 + math.cos(math.pi * state.step / method.steps)) / 2
         for group, rate in zip(state.opt_theta.param_groups, state.rates, strict=True):
@@ -562,7 +561,7 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         loss_D = sum(next(one) for one in judges)
         state.step += 1
         if callback:
-            callback(state, {"loss_G": grad.norm().item(), "loss_D": loss_D,
+            callback(state, {"loss_G": math.hypot(*said), "loss_D": loss_D,
                              "seconds": time.perf_counter() - began})
     return state
 
@@ -574,17 +573,18 @@ CHOICES = {"omega": OMEGAS, "optimizer": OPTIMIZERS}
 
 def build(settings, prior, method, rng, folder, anew):
     """A picture for every prompt and particle, from noise or --init, and φ. -> (State, y)"""
+    import files
     import runs
     y = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
     init = real = None                            # of a resumed run the checkpoint has them
     if settings["init"] and anew:
-        init = runs.read_image(settings["init"], prior.image_size)
+        init = files.read_image(settings["init"], prior.image_size)
     theta = (Pixels if settings["pixels"] else Latents)(prior, len(y), rng, init)
     phi = method.phi(prior, settings["prompt"], **runs.told(settings, method.phi))
     if settings["real"] and anew:
         if len(settings["prompt"]) > 1 or not any(p.requires_grad for p in phi.parameters()):
             raise ValueError("--real is for one --prompt, and a φ that learns from its pictures")
-        real = runs.encode_folder(prior, settings["real"])
+        real = files.encode_folder(prior, settings["real"])
     return State(theta, phi, method, rng, real=real), y
 
 

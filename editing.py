@@ -3,7 +3,9 @@
     python editing.py --image examples/fox.png --source "a 3d render of a fox" \\
                       --target "a flat icon of a fox"
     python editing.py --method dds …           # Delta Denoising Score (arXiv 2304.07090)
-    python editing.py --network … and --apply DIR --image …    # in one pass: see translation.py
+    python editing.py --network --source "a drawing of {}" --target "a 3d render of {}" \\
+                      --things "a fox, a mushroom" --method dds --out drawings-to-renders
+    python editing.py --apply drawings-to-renders --image examples/fox-drawing.png    # in one pass
 
 One discriminator asks for what is wanted, a second one for what is there:
 F(x_t; y, z) = D(x_t; y) − D(x_t; z). The generator's gradient is Eq. 7 twice:
@@ -18,11 +20,15 @@ F(x_t; y, z) = D(x_t; y) − D(x_t; z). The generator's gradient is Eq. 7 twice:
 | 10 for φ_y, γ = −1           | asd.distill           | test_the_loop_is_eq11               |
 
 (As printed, Eq. 11 closes ω's bracket before the second row, a misprint: ω weighs both.) As in the
-paper's §6, D(x_t; z) is shown the source image. The loop is asd.distill, which subtracts `second`.
+paper's §6, D(x_t; z) is shown the source image. The loop is asd.distill, which subtracts `second`;
+its generator is a picture, Edited, or a network that edits any such picture at once, Translator.
 Notation as in asd.py; z is the source prompt, images are RGB [B, 3, H, W] in [0, 1].
 """
+import json
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -152,14 +158,102 @@ def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callb
     return generator.images().to(images.device)
 
 
+# ------------------------------------------------------------- a network that edits in one pass
+class Translator(nn.Module):
+    """A network in place of a picture: x0 of the source -> x0 of the edit, a U-Net's residual.
+
+    What Eq. 11 asks of every source picture goes into one set of weights, and new pictures take one
+    pass (zero-shot image translation, as in LMC-SDS and Delta Denoising Score). No pairs of
+    pictures are needed; the prompts of several things are, where one network is to edit them all.
+
+    sources [N, C, H, W] are the latents it learns on, `batch` of them drawn for each sample; the
+    first ones are shown. Source i is asked for by prompt i mod P of y and z [P, L, C]. At the start
+    it is the identity. forward() leaves its sources in `source` and their prompts in `cond_z`
+    [batch, L, C], in place, as the second discriminator holds that tensor.
+    """
+
+    def __init__(self, prior, sources, y, z, batch=8, rng=None, seed=0):
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        from phi import untrained
+        self.prior, self.sources, self.y, self.z, self.rng = prior, sources, y, z, rng
+        self.cond_z = z[:1].repeat(batch, 1, 1)
+        channels, height, _ = prior.shape
+        self.net = untrained(lambda: UNet2DModel(
+            sample_size=height, in_channels=channels, out_channels=channels,
+            block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2),
+            torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.net.conv_out.weight)
+        nn.init.zeros_(self.net.conv_out.bias)
+        self.net.to(prior.device)
+
+    def forward(self):
+        """-> x0 [batch, C, H, W], its target prompts [batch, L, C], no camera."""
+        chosen = torch.randint(len(self.sources), (len(self.cond_z),), generator=self.rng)
+        chosen = chosen.to(self.sources.device)
+        self.source, thing = self.sources[chosen], chosen % len(self.y)
+        self.cond_z.copy_(self.z[thing])
+        return translated(self.net, self.source), self.y[thing], None
+
+    @torch.no_grad()
+    def images(self):
+        return self.prior.decode(translated(self.net, self.sources[:4]))
+
+    @torch.no_grad()
+    def shown(self):
+        """The pictures that images() translates."""
+        return self.prior.decode(self.sources[:4])
+
+
+def translated(net, x0):
+    """One pass: x0 [B, C, H, W] -> the same shape."""
+    return x0 + net(x0, 0).sample
+
+
+def load_network(folder, device):
+    """What a run of --network has left in `folder` -> (prior, net)."""
+    from diffusers import UNet2DModel
+
+    import files
+    from prior import Prior, usable
+    network = Path(folder) / "network"
+    try:
+        model = json.loads(files.read_text(Path(folder) / "config.json"))["settings"]["model"]
+        for file in network.iterdir():
+            files.regular(file)
+        net, info = UNet2DModel.from_pretrained(network, local_files_only=True,
+                                                use_safetensors=True, output_loading_info=True)
+        prior = Prior.from_pretrained(model, usable(device))
+        if any(info.values()) or net.config.in_channels != prior.shape[0]:
+            raise ValueError("other weights")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise asd.UserError(f"{folder} holds no trained network ({type(error).__name__}): train "
+                            "one with --network") from error
+    return prior, net.to(prior.device)
+
+
+@torch.no_grad()
+def in_one_pass(prior, net, pictures):
+    """RGB [B, 3, H, W], one after the other -> (the same shape, seconds per picture)."""
+    after, seconds = [], []
+    for picture in pictures.split(1):
+        began = time.perf_counter()
+        x0 = prior.encode_image(picture.to(prior.device))
+        after.append(prior.decode(translated(net, x0)).to(pictures.device))
+        seconds.append(time.perf_counter() - began)
+    return torch.cat(after), sorted(seconds)[len(seconds) // 2]
+
+
 # ----------------------------------------------------------------------------------- command line
-DEFAULTS = {"image": None, "source": None, "target": None, "pixels": False, "mask": None}
+DEFAULTS = {"image": None, "source": None, "target": None, "pixels": False, "mask": None,
+            "network": False, "things": None, "batch": 8, "pictures": 64}
 
 
 def add_flags(add):
-    import translation
     import variants
-    from runs import place
+    from runs import number, place
     add("--image", type=place, metavar="PNG", help="the picture to edit; with --network "
         "a folder of them")
     add("--source", metavar="TEXT", help="z: what the picture is")
@@ -170,47 +264,103 @@ def add_flags(add):
     add("--phi-z", choices=["eq9", "swapped", "both", "eq10", "none"], help="how φ_z learns: by "
         "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by "
         "Eq. 10 on the edit; or no second discriminator")
-    translation.add_flags(add)
+    add("--network", action="store_const", const=True, help="train a network that translates any "
+        "such picture; without --image it learns on the model's own samples of --source")
+    add("--things", metavar="TEXT,…", help="--network: what {} in both prompts stands for")
+    add("--batch", type=number(int, 1), help="pictures per step of --network (default 8)")
+    add("--pictures", type=number(int, 1), help="samples to make for --network (default 64)")
+    add("--apply", metavar="DIR", help="translate --image by the network that was trained in DIR")
     variants.add_options(add)
 
 
 def check(settings):
     """What can be said before anything is loaded."""
-    import translation
     for name in ("source", "target"):
         if not (settings[name] or "").strip():
             raise asd.UserError(f"give a --{name} prompt that is not empty")
     if settings["image"] is None and not settings["network"]:
         raise asd.UserError("give the --image to edit")
-    translation.check(settings)
+    if settings["network"] and (settings["mask"] or settings["pixels"]):
+        raise asd.UserError("--network takes neither --mask nor --pixels")
+    if settings["things"] is None:
+        return
+    if not settings["network"] or settings["image"]:
+        raise asd.UserError("--things is for --network on samples, without --image")
+    if not all(thing.strip() for thing in settings["things"].split(",")):
+        raise asd.UserError('give --things that are not empty, such as "a fox, a cat"')
+    if not all("{}" in settings[name] for name in ("source", "target")):
+        raise asd.UserError("--things stand in place of {}: write it in --source and --target")
+
+
+def prompts(settings):
+    """(target prompts, source prompts), one of each for every thing: lists of P texts."""
+    things = [thing.strip() for thing in (settings["things"] or "").split(",")]
+    return tuple([settings[name].replace("{}", thing or "{}") for thing in things]
+                 for name in ("target", "source"))
 
 
 def read_pictures(settings, size):
     """--image and --mask, cropped alike -> [1, 3, H, W], and [1, 1, H, W] of 0 and 1 or None."""
     from PIL import Image, ImageOps
 
-    from runs import read_image
-    image = read_image(settings["image"], size)
+    import files
+    image = files.read_image(settings["image"], size)
     if settings["mask"] is None:
         return image, None
-    mask = read_image(settings["mask"], size, "black").mean(1, keepdim=True).round()
+    mask = files.read_image(settings["mask"], size, "black").mean(1, keepdim=True).round()
     sizes = [ImageOps.exif_transpose(Image.open(settings[name])).size for name in ("mask", "image")]
     if sizes[0] != sizes[1]:
         raise asd.UserError("--mask has {} pixels, the picture {}: they must agree".format(*sizes))
     return image, mask
 
 
+@torch.no_grad()
+def source_latents(settings, prior, folder):
+    """What a Translator learns on, a folder's pictures or the prior's samples: x0 [N, C, H, W].
+
+    They are kept in `folder`, where a resumed run finds them, even if the pictures are gone. The
+    samples' noise is from a generator of their own: that run draws none, and yet ends in the same.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    import files
+    from export import moved_into
+    from prior import ddim_samples
+    path = folder / "sources.safetensors"
+    if path.exists():                              # the folder is this run's alone
+        try:
+            x0 = load_file(files.regular(path))["x0"]
+            if x0.shape[1:] != prior.shape or x0.dtype != torch.float32 or not len(x0):
+                raise ValueError("latents of another shape or type")
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise asd.UserError(f"{path} is not what this run has kept: {error}") from error
+        return x0.to(prior.device)
+    if settings["image"] is None:
+        rng = torch.Generator().manual_seed(settings["seed"] ^ 1)
+        x_T = torch.randn(settings["pictures"], *prior.shape, generator=rng)
+        _, texts = prompts(settings)
+        texts = [texts[i % len(texts)] for i in range(len(x_T))]
+        x0 = torch.cat([ddim_samples(prior, texts[i:i + 16], x_T[i:i + 16])
+                        for i in range(0, len(x_T), 16)])
+    else:
+        x0 = files.encode_folder(prior, settings["image"])
+    x0 = x0.contiguous()                         # as it is read again: the layout decides bits
+    folder.mkdir(parents=True, exist_ok=True)
+    with moved_into(path) as temporary:
+        save_file({"x0": x0.cpu()}, temporary)
+    return x0
+
+
 def build(settings, prior, method, rng, folder, anew):
     """The generator that starts at the source, φ_y and the second D. -> (State, y)"""
-    import translation
-    from runs import told
-    texts = translation.prompts(settings)        # of the target, of the source; several: --things
+    import runs
+    texts = prompts(settings)                    # of the target, of the source; several: --things
     y, z = (prior.encode_text(each) for each in texts)
-    phi, phi_z = (method.phi(prior, each, **told(settings, method.phi)) for each in texts)
+    phi, phi_z = (method.phi(prior, each, **runs.told(settings, method.phi)) for each in texts)
     if settings["network"]:
-        sources = translation.source_latents(settings, prior, folder)
-        generator = translation.Translator(prior, sources, y, z, settings["batch"], rng,
-                                           settings["seed"])
+        sources = source_latents(settings, prior, folder)
+        generator = Translator(prior, sources, y, z, settings["batch"], rng, settings["seed"])
         z = generator.cond_z
     else:                                        # of a resumed run the checkpoint has the picture
         size = prior.image_size
@@ -222,9 +372,8 @@ def build(settings, prior, method, rng, folder, anew):
 
 def measure(settings, prior, state, images):
     """How far from the source picture, how close to both prompts (tiny/clip, if it is there)."""
-    import translation
     from tiny.judge import distances
-    targets, sources = translation.prompts(settings)
+    targets, sources = prompts(settings)
     pairs = zip(state.generator.shown().split(1), images.split(1))
     each = [distances(before, after, sources[i % len(sources)], targets[i % len(targets)])
             for i, (before, after) in enumerate(pairs)]
@@ -243,20 +392,52 @@ def finish(folder, settings, prior, state):
     return folder / "before_after.png"
 
 
+def apply_network(folder, image, out, device):
+    """Translate a picture, or every picture of a folder, by the network trained in `folder`."""
+    import files
+    from export import write_grid
+    if image is None:
+        raise asd.UserError("give the --image, or a folder of them, to --apply the network to")
+    out = Path(out or Path(folder) / "applied.png")
+    if out.exists() and (out.name != "applied.png" or not out.is_file() or out.samefile(image)):
+        raise asd.UserError(f"{out} is there already: choose another --out, as nothing is written "
+                            "over")
+    prior, net = load_network(folder, device)
+    read = files.read_folder if Path(image).is_dir() else files.read_image
+    before = read(image, prior.image_size)
+    after, seconds = in_one_pass(prior, net, before)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = torch.stack([before, after], 1).flatten(0, 1)
+    write_grid(out, (255 * pictures).round().byte(), 2)
+    print(f"{1000 * seconds:.0f} ms per picture\n{out}")
+
+
+def apply_main(argv):
+    """`python editing.py --apply …`. -> exit status."""
+    import runs
+    parser = runs.Parser(prog="editing.py", description="Translate pictures by a trained network.")
+    add = parser.add_argument
+    add("--apply", metavar="DIR", dest="folder", help="where it was trained")
+    add("--image", metavar="PNG", type=runs.place, help="a picture, or a folder of them")
+    add("--out", metavar="PNG", help="default DIR/applied.png")
+    add("--device", default="auto", help="default auto: cuda where there is one")
+    return runs.guarded("editing.py", lambda: apply_network(**vars(parser.parse_args(argv))),
+                        "smaller pictures")
+
+
 def main(argv=None):
     """`python editing.py …`: the folder, the film and the checkpoints are those of runs.py."""
     import runs
-    import translation
     import variants
     given = sys.argv[1:] if argv is None else argv
     if any(flag.startswith("--apply") for flag in given):
-        return translation.main(given)
+        return apply_main(given)
     return runs.main(runs.Command(
         "editing.py", "Make a picture of --source one of --target (ASD's Eq. 11).",
         methods(any(flag.startswith("--net") for flag in given)), variants.ALL_PHIS, asd.CHOICES,
-        build, asd.distill, add_flags=add_flags, defaults=DEFAULTS | translation.DEFAULTS,
-        options=variants.OPTIONS, prompts=lambda settings: sum(translation.prompts(settings), []),
-        check=check, finish=finish, measure=measure, paper=PAPER), given)
+        build, asd.distill, add_flags=add_flags, defaults=DEFAULTS, options=variants.OPTIONS,
+        prompts=lambda settings: sum(prompts(settings), []), check=check, finish=finish,
+        measure=measure, paper=PAPER), given)
 
 
 if __name__ == "__main__":

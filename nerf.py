@@ -325,23 +325,26 @@ def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cuto
     """Volume-render rays of any shape [..., 3], directions of unit length. -> Picture.
 
     background: a number, or RGB [3] or [..., 3]. rng: a CPU generator, for one random sample in
-    each interval in place of its middle. cutoff: rays of which no more than this part of the light
-    is left end there; samples behind, and in empty cells, are not given to the field.
+    each interval in place of its middle, or where they are, [rays, samples] in [0, 1). cutoff: rays
+    of which no more than this part of the light is left end there; samples behind, and in empty
+    cells, are not given to the field.
     Without gradients it is done `chunk` rays at a time (default: 2048 on the CPU, where they stay
     in its caches, 65536 on CUDA).
     """
     shape, o, d = origins.shape[:-1], origins.reshape(-1, 3), directions.reshape(-1, 3)
     back = torch.as_tensor(background, dtype=o.dtype, device=o.device).expand(*shape, 3)
     chunk = chunk or (1 << 16 if o.is_cuda else 1 << 11)
+    u = torch.rand(len(o), samples, generator=rng) if isinstance(rng, torch.Generator) else rng
     if not torch.is_grad_enabled() and len(o) > chunk:
-        parts = zip(*(v.reshape(-1, 3).split(chunk) for v in (o, d, back)))
-        done = [render(nerf, *part[:2], samples, part[2], rng, cutoff, chunk) for part in parts]
+        parts = zip(*(v.reshape(-1, 3).split(chunk) for v in (o, d, back)),
+                    [None] * len(o) if u is None else u.split(chunk))
+        done = [render(nerf, a, b, samples, c, u, cutoff, chunk) for a, b, c, u in parts]
         return Picture(*(torch.cat(v).view(*shape, *v[0].shape[1:]) for v in zip(*done)))
     near, far = intersect_box(o, d, nerf.box)
     # t_i = near + (i + u_i) δ,  δ = (far − near)/S,  u_i uniform in [0, 1): stratified
-    u = torch.rand(len(o), samples, generator=rng) if rng else torch.full((len(o), samples), 0.5)
+    u = 0.5 if u is None else u.to(o)
     delta = (far - near) / samples
-    t = near[:, None] + (torch.arange(samples, device=o.device) + u.to(o)) * delta[:, None]
+    t = near[:, None] + (torch.arange(samples, device=o.device) + u) * delta[:, None]
     x = o[:, None] + t[..., None] * d[:, None]                           # [R, S, 3]
     # a quarter of each ray at a time, front to back, without what is empty and what is hidden
     occupied, quarter = nerf.occupancy(x) & (delta > 0)[:, None], -(-samples // 4)

@@ -8,6 +8,7 @@ t [B] long in 0 … T−1; cond [B, L, C]. Only this file knows what a checkpoin
 its latents are scaled, and where it comes from.
 """
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -327,6 +328,14 @@ class Latents(nn.Module):
                 start = repeated(prior.encode_image(images.to(prior.device)), particles)
         self.theta = nn.Parameter(start)
 
+    @property
+    def batch(self):
+        return len(self.theta)
+
+    def parts(self, units):
+        """x0 of each of some lists of row numbers."""
+        return [self.theta[rows] for rows in units]
+
     def forward(self):
         return self.theta
 
@@ -336,15 +345,18 @@ class Latents(nn.Module):
         return self.prior.decode(self.theta)
 
 
-class Pixels(nn.Module):
+class Pixels(Latents):
     """θ is the picture; x0 is its encoding, so that gradients reach the pixels through the VAE."""
 
     def __init__(self, prior, particles=1, rng=None, images=None):
-        super().__init__()
+        nn.Module.__init__(self)
         self.prior = prior
         if images is None:
             images = 0.5 + 0.1 * torch.randn(particles, 3, *prior.image_size, generator=rng)
         self.theta = nn.Parameter(repeated(images.to(prior.device), particles))
+
+    def parts(self, units):
+        return [self.prior.encode_image(self.theta[rows]) for rows in units]
 
     def forward(self):
         return self.prior.encode_image(self.theta)
@@ -400,6 +412,23 @@ def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
 
 
 # ------------------------------------------------------------------------------------ loading one
+def usable(device):
+    """A --device, checked; None or "auto": cuda where there is one. Raises UserError."""
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise UserError(f"--device {device} is none of cpu, cuda, cuda:1, …")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].split(" device type")[0][:90]
+        raise UserError(f"--device {device} cannot be used here: {reason}") from error
+    if device == "cuda" and "LOCAL_RANK" in os.environ:       # torchrun's: a process, a device
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
+
+
 def load_pipeline(path_or_name, dtype, config=None):
     """A diffusers pipeline of the FAMILIES, every part whole: see Prior.from_pretrained."""
     path = Path(path_or_name)

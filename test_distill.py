@@ -24,6 +24,7 @@ from torch import nn
 
 import asd
 from asd import METHODS, Latents, NoisePhi, Pixels, Prior, State, UserError
+from files import load_tensors, tensors
 from phi import EmbeddingPhi, LoRAPhi, second_view
 from prior import to_eps
 from tiny import make
@@ -505,7 +506,7 @@ def test_checkpointing_of_the_embedding_recomputes_the_same_gradient(folders):
 def test_all_that_learns_is_float32_beside_a_bfloat16_prior(load, phi):
     state, rows = go(load(dtype=torch.bfloat16), method_of(phi=phi), particles=2)
     assert {p.dtype for p in trainable(state.phi).values()} == {torch.float32}
-    floats = [tensor for name, tensor in state.tensors().items() if name != "rng"]
+    floats = [tensor for name, tensor in tensors(state).items() if name != "rng"]
     assert len(floats) >= 8 and {tensor.dtype for tensor in floats} == {torch.float32}
     assert all(math.isfinite(row["loss_G"] + row["loss_D"]) for row in rows)
 
@@ -1062,7 +1063,7 @@ def test_rate_falls_along_a_cosine(prior, lr_end, parts):
         asd.distill(prior, first.generator, prior.encode_text([PROMPT]), method, state=first,
                     callback=stop)
     state = make_state(prior, method, generator=Two(prior, 2, rng()))
-    state.load_tensors(copy.deepcopy(first.tensors()), 2)
+    load_tensors(state, copy.deepcopy(tensors(first)), 2)
     state.opt_theta.register_step_pre_hook(note)
     go(prior, method, state)
     expected = torch.tensor(parts)[:, None] * torch.tensor([0.1, 0.01])
@@ -1153,7 +1154,7 @@ def test_a_seed_fixes_every_bit(prior, name, changes):
         before = torch.get_rng_state()
         state, _ = go(prior, method_of(name, **changes), seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
-        runs.append(copy.deepcopy(state.tensors()))
+        runs.append(copy.deepcopy(tensors(state)))
     assert same(runs[0], runs[1])
     assert not torch.equal(runs[0]["theta.0"], runs[2]["theta.0"])
 
@@ -1171,7 +1172,7 @@ def test_the_loop_has_gradients_under_no_grad(prior, around):
         go(prior, method_of(), states[2])
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(same(state.tensors(), states[0].tensors()) for state in states)
+    assert all(same(tensors(state), tensors(states[0])) for state in states)
 
 
 def test_distill_makes_phi_and_state_itself(prior, monkeypatch):
@@ -1187,7 +1188,7 @@ def test_distill_makes_phi_and_state_itself(prior, monkeypatch):
     given = asd.distill(prior, Latents(prior), cond, row, phi=mine, second=other,
                         real=(real := torch.zeros(1, *prior.shape)))
     assert given.phi is mine and given.second is other and given.real is real
-    assert all(same(end.tensors(), state.tensors()) for end in ends)
+    assert all(same(tensors(end), tensors(state)) for end in ends)
 
 
 # ----------------------------------------------------------------------------- what goes wrong
@@ -1274,11 +1275,11 @@ def test_n_plus_m_steps_are_n_then_m(prior, name, changes, generator):
     whole, part = method_of(name, steps=5, **changes), method_of(name, steps=2, **changes)
     state, rows = go(prior, whole, generator=generator(prior, 2, rng()))
     first, _ = go(prior, part, generator=generator(prior, 2, rng()))
-    kept = copy.deepcopy(first.tensors())
+    kept = copy.deepcopy(tensors(first))
     second = make_state(prior, whole, seed=99, generator=generator(prior, 2, rng(98)))
-    second.load_tensors(kept, 2)
+    load_tensors(second, kept, 2)
     _, again = go(prior, whole, second)
-    assert second.step == 5 and same(second.tensors(), state.tensors())
+    assert second.step == 5 and same(tensors(second), tensors(state))
     assert [row["loss_G"] for row in again] == [row["loss_G"] for row in rows[2:]]
 
 
@@ -1287,10 +1288,10 @@ def test_a_state_that_was_copied_lives_on_alone(prior):
     method = method_of(steps=2)
     first, _ = go(prior, method)
     second = make_state(prior, method, seed=9)
-    second.load_tensors(first.tensors(), first.step)
-    before = copy.deepcopy(second.tensors())
+    load_tensors(second, tensors(first), first.step)
+    before = copy.deepcopy(tensors(second))
     go(prior, method_of(steps=3), first)
-    assert same(second.tensors(), before)
+    assert same(tensors(second), before)
 
 
 def test_state_with_an_unused_parameter_goes_on(prior):
@@ -1301,16 +1302,16 @@ def test_state_with_an_unused_parameter_goes_on(prior):
             self.background = nn.Parameter(torch.zeros(3))
     first, _ = go(prior, method_of("sds"), generator=Scene(0))
     second = make_state(prior, method_of("sds"), generator=Scene(1))
-    second.load_tensors(copy.deepcopy(first.tensors()), first.step)
-    assert same(first.tensors(), second.tensors())
+    load_tensors(second, copy.deepcopy(tensors(first)), first.step)
+    assert same(tensors(first), tensors(second))
 
 
 def test_tensors_of_another_run_are_refused(prior):
     one, two = (make_state(prior, method_of(), particles=n) for n in (1, 2))
     with pytest.raises(ValueError, match="theta.0"):
-        one.load_tensors(two.tensors(), 0)
+        load_tensors(one, tensors(two), 0)
     with pytest.raises(KeyError):
-        one.load_tensors({"rng": one.rng.get_state()}, 0)
+        load_tensors(one, {"rng": one.rng.get_state()}, 0)
 
 
 # ------------------------------------------------------------------------------------- on CUDA
@@ -1331,9 +1332,9 @@ def test_cuda_and_cpu_take_the_same_first_step(load, name, monkeypatch):
 def test_cuda_run_in_bfloat16_goes_on(load, phi):
     prior, method = load(device="cuda", dtype=torch.bfloat16), method_of(phi=phi)
     first, _ = go(prior, method, particles=2)
-    kept = {name: tensor.cpu() for name, tensor in first.tensors().items()}
+    kept = {name: tensor.cpu() for name, tensor in tensors(first).items()}
     second = make_state(prior, method_of(phi=phi, steps=3), particles=2, seed=9)
-    second.load_tensors(kept, 2)
+    load_tensors(second, kept, 2)
     go(prior, method_of(phi=phi, steps=3), second)
     assert second.step == 3 and second.generator.theta.isfinite().all()
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import asd
 import editing
+import files
 import runs
-import translation
 from conftest import cosine, fixed_mixture, mixtures, randn
 from phi import EmbeddingPhi, LoRAPhi
 from prior import ddim_samples
@@ -295,7 +295,7 @@ def translator(prior, sources=6, batch=3):                                      
     y = prior.encode_text(["a blue fox", "a blue apple"])
     z = prior.encode_text(["a red fox", "a red apple"])
     sources = torch.randn(sources, *prior.shape, generator=rng())
-    return translation.Translator(prior, sources, y, z, batch, rng(1)), y, z
+    return editing.Translator(prior, sources, y, z, batch, rng(1)), y, z
 
 
 def test_a_network_starts_as_the_identity_and_draws_its_sources(prior):          # noqa: F811
@@ -379,14 +379,14 @@ def test_an_edit_leaves_its_files(cli, name):
 
 def test_the_edit_begins_at_the_picture(cli):
     assert cli("--lr", 0, "--method", "dds", "--pixels")[0] == 0
-    before = runs.read_image("a.png", (16, 16))
+    before = files.read_image("a.png", (16, 16))
     assert torch.equal(checkpoint("run")["theta.0"], before)
     assert metrics("run")[-1]["psnr"] == pytest.approx(100)
 
 
 def test_before_is_left_of_after(cli):
     assert cli("--method", "dds", "--lr", 20, "--pixels")[0] == 0
-    before, after = runs.read_image("a.png", (16, 16)), checkpoint("run")["theta.0"].clamp(0, 1)
+    before, after = files.read_image("a.png", (16, 16)), checkpoint("run")["theta.0"].clamp(0, 1)
     assert (after - before).abs().mean() > 0.02
     pictures = (torch.cat([before, after]) * 255).round().byte()
     for name, expected in (("before_after", pictures), ("edited", pictures[1:])):
@@ -456,12 +456,12 @@ def test_a_network_is_saved_and_applied(cli, tmp_path):
 def test_what_apply_translates_is_what_was_trained(cli):
     """The saved network is the trained one, and it is no longer the identity."""
     assert cli("--network", "--pictures", 2, "--method", "dds", "--lr", 0.01)[0] == 0
-    prior_, net = translation.load_network("run", "cpu")
+    prior_, net = editing.load_network("run", "cpu")
     named = [p for p in net.parameters()]
     trained = checkpoint("run")
     assert all(torch.equal(p, trained[f"theta.{i}"]) for i, p in enumerate(named))
-    before = runs.read_image("a.png", (16, 16))
-    after, _ = translation.in_one_pass(prior_, net, before)
+    before = files.read_image("a.png", (16, 16))
+    after, _ = editing.in_one_pass(prior_, net, before)
     with torch.no_grad():
         x0 = prior_.encode_image(before)
         assert torch.equal(after, prior_.decode(x0 + net(x0, 0).sample))
@@ -486,8 +486,8 @@ def test_one_network_for_several_things(cli):
     settings = json.loads(Path("run/config.json").read_text())["settings"]
     assert settings["optimizer"] == "adam" and settings["lr"] == editing.NETWORK["lr"]
     assert settings["phi_z"] == "eq10"
-    assert translation.prompts(settings) == (["a blue apple", "a blue fox"],
-                                             ["a red apple", "a red fox"])
+    assert editing.prompts(settings) == (["a blue apple", "a blue fox"],
+                                         ["a red apple", "a red fox"])
     one_line(cli("--things", "fox"), "--network")
     one_line(cli("--network", "--things", "fox", "--image", "."), "--image")
     one_line(cli("--network", "--things", "fox,,apple"), "not empty")
@@ -508,8 +508,7 @@ def test_the_command_asks_for_the_target(cli, monkeypatch):
 
 def test_a_network_learns_on_samples_of_the_source(cli, monkeypatch):
     asked = []
-    monkeypatch.setattr(translation, "ddim_samples",
-                        lambda _, texts, x_T: asked.extend(texts) or x_T)
+    monkeypatch.setattr("prior.ddim_samples", lambda _, texts, x_T: asked.extend(texts) or x_T)
     assert cli("--network", "--things", "apple, fox", "--source", "a red {}", "--target",
                "a blue {}", "--pictures", 3, "--method", "dds")[0] == 0
     assert asked == ["a red apple", "a red fox", "a red apple"]
@@ -628,7 +627,7 @@ def cases(tiny):
     """
     x_T = torch.randn(4, *tiny.shape, generator=rng())
     drawn = tiny.decode(ddim_samples(tiny, [SOURCES[2], *TARGETS], x_T, steps=20))
-    foxes = [runs.read_image(HERE / "examples" / name, tiny.image_size)
+    foxes = [files.read_image(HERE / "examples" / name, tiny.image_size)
              for name in ("fox.png", "fox-flat.png")]
     return torch.cat([*foxes, drawn[:1]]), drawn[1:]
 

@@ -17,10 +17,11 @@ claims.solids claims.edits claims.student
 claims.pictures claims.exact
 claims.work
 editing text_to_3d
-variants translation
+variants
 asd nerf
 phi
 runs
+files
 export prior nerf_kernels conftest
 tiny.make tiny.corrective
 tiny.data

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 import asd
 import editing
+import files
 import nerf
 import reproduce
 import runs
 import text_to_3d
-import translation
 import variants
 from test_distill import folders, no_network  # noqa: F401 (fixtures)
 from test_runs import cli, contents, load_once, model, one_line  # noqa: F401 (fixtures)
@@ -250,7 +250,7 @@ def test_a_damaged_picture_is_a_mistake_or_a_picture(tmp_path, recwarn, kind):
             bytes_[chance.randrange(min(200, len(bytes_)))] = chance.randrange(256)
         (tmp_path / "a").write_bytes(bytes_)
         try:
-            read.append(runs.read_image(tmp_path / "a", (8, 8)).shape)
+            read.append(files.read_image(tmp_path / "a", (8, 8)).shape)
         except runs.UserError as mistake:
             assert "cannot be read as a picture" in str(mistake)
     assert set(read) <= {(1, 3, 8, 8)} and len(read) < 40 and not recwarn.list
@@ -349,17 +349,17 @@ def test_foreign_files_in_data_are_one_line(model, tmp_path, monkeypatch, capsys
         assert contents(".") == before
 
 
-@pytest.mark.parametrize("command", [
-    asd, variants, editing, text_to_3d, nerf, reproduce, translation])
-def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path, command):
+@pytest.mark.parametrize("command, argv", [
+    (asd, []), (variants, []), (editing, []), (editing, ["--apply", "DIR"]), (text_to_3d, []),
+    (nerf, ["mug"]), (reproduce, ["1a"])])
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path, command, argv):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "read_settings", interrupt)
     monkeypatch.setattr(nerf, "run", interrupt)
-    monkeypatch.setattr(translation, "apply_network", interrupt)
+    monkeypatch.setattr(editing, "apply_network", interrupt)
     monkeypatch.setattr(reproduce, "make", interrupt)
-    argv = {nerf: ["mug"], reproduce: ["1a"]}.get(command, [])
     try:
         status = command.main(argv)
     except SystemExit as stop:

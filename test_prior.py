@@ -542,7 +542,7 @@ def test_settings_travel_with_the_model(tmp_path, monkeypatch, name, flags, expe
     lambda tiny: __import__("nerf").NeRF(),
     lambda tiny: __import__("tiny.corrective").corrective.load_bias(tiny),
     lambda tiny: __import__("variants").Network(tiny, tiny.encode_text([PROMPT]), rng()),
-    lambda tiny: __import__("translation").Translator(
+    lambda tiny: __import__("editing").Translator(
         tiny, *[torch.zeros(1, *tiny.shape)] + [tiny.encode_text([PROMPT])] * 2, rng=rng())],
     ids=["lora", "embedding", "nerf", "corrective", "network", "translator"])
 def test_nothing_is_drawn_from_the_global_generator(doors, make_it):

@@ -4,6 +4,7 @@ main() is called in this process; the runs that are killed are processes of thei
 them (default 3; of 30, every other one is killed while a checkpoint is written).  The model is
 test_distill.py's tiny one; the last test uses tiny/sd.
 """
+import fcntl
 import functools
 import importlib
 import io
@@ -17,6 +18,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import asd
+import files
 import runs
 from phi import LoRAPhi
 from test_distill import folders, link_tree, no_network, rng  # noqa: F401 (fixtures)
@@ -53,7 +56,9 @@ def model(folders, monkeypatch):                            # noqa: F811
 def cli(model, tmp_path, monkeypatch, capsys):
     """cli(*flags) -> (status, stdout, stderr) of a run of 3 steps of the tiny model in tmp_path."""
     monkeypatch.chdir(tmp_path)
-    return caller(asd.main, model, capsys)
+    call = caller(asd.main, model, capsys)
+    call.model = model
+    return call
 
 
 def caller(main, model, capsys):
@@ -235,7 +240,7 @@ def test_real_pictures_are_what_phi_learns_from(cli, model, tmp_path):
         Image.fromarray(rgb).save(f"real/{i}.png")
     flags = ["--real", "real", "--t-late", 1]
     assert cli(*flags, "--out", "whole")[0] == cli(*flags, "--steps", 2, "--out", "part")[0] == 0
-    images = torch.cat([runs.read_image(f"real/{i}.png", (16, 16)) for i in range(3)])
+    images = torch.cat([files.read_image(f"real/{i}.png", (16, 16)) for i in range(3)])
     with torch.no_grad():
         expected = asd.Prior.from_pretrained(model, "cpu").encode_image(images)
     torch.testing.assert_close(checkpoint("whole")["real"], expected)
@@ -342,7 +347,7 @@ def test_first_picture_is_cropped_on_white(tmp_path):
     pixels = np.zeros((20, 40, 4), dtype=np.uint8)
     pixels[:, 20:] = (0, 0, 255, 255)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = runs.read_image(tmp_path / "a.png", (20, 20))
+    image = files.read_image(tmp_path / "a.png", (20, 20))
     assert image.shape == (1, 3, 20, 20) and image.dtype == torch.float32
     assert (image[..., :8] == 1).all()
     assert (image[:, :2, :, 12:] == 0).all() and (image[:, 2, :, 12:] == 1).all()
@@ -351,7 +356,7 @@ def test_first_picture_is_cropped_on_white(tmp_path):
 def test_pictures_are_made_smaller_by_averaging(tmp_path):
     board = (np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "a.png")
-    assert (runs.read_image(tmp_path / "a.png", (8, 8)) - 0.5).abs().max() < 0.02
+    assert (files.read_image(tmp_path / "a.png", (8, 8)) - 0.5).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("mode, size, value", [
@@ -360,7 +365,7 @@ def test_pictures_are_made_smaller_by_averaging(tmp_path):
     ("I;16", (16, 16), 76 * 257)])
 def test_pictures_of_every_kind_are_read(tmp_path, mode, size, value):
     Image.new(mode, size, value).save(tmp_path / "a.png")
-    image = runs.read_image(tmp_path / "a.png", (12, 16))
+    image = files.read_image(tmp_path / "a.png", (12, 16))
     colour = {"RGBA": (255, 0, 0), "L": (76,) * 3, "P": (0,) * 3, "1": (255,) * 3, "LA": (76,) * 3,
               "RGB": (10, 20, 30), "I;16": (76,) * 3}[mode]
     expected = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 12, 16) / 255
@@ -373,7 +378,7 @@ def test_pictures_are_turned_as_the_camera_says(tmp_path):
     exif = Image.Exif()
     exif[274] = 3                                           # upside down
     picture.save(tmp_path / "a.png", exif=exif)
-    image = runs.read_image(tmp_path / "a.png", (16, 16))
+    image = files.read_image(tmp_path / "a.png", (16, 16))
     assert image[0, 0, 0, 0] == 1 and image[0, 2, 15, 0] == 1
 
 
@@ -558,6 +563,165 @@ def test_an_error_of_a_library_is_one_line(cli, monkeypatch, error, line):
     one_line(cli(), line)
 
 
+# ----------------------------------------------------------------------------- several processes
+def as_rank(number, size, port, name, argv, log, moment):
+    """command() as one of several processes, as torchrun starts them."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    command(name, argv, log, moment)
+
+
+def started(size, name, argv, moment=None):
+    """The processes, just started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [SERVER.Process(target=as_rank, args=(
+        i, size, port, name, argv, f"log{i}", None if i else moment)) for i in range(size)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def ranked(size, name, *argv, moment=None):
+    """A command as `size` processes (0: as one that nobody launched) -> (exit codes, outputs).
+
+    moment: number 0 is killed there, see command()."""
+    argv = [str(word) for word in argv]
+    if size:
+        ranks = started(size, name, argv, moment)
+    else:
+        ranks = [SERVER.Process(target=command, args=(name, argv, "log0", moment))]
+        ranks[0].start()
+    for process in ranks:
+        process.join(100)
+    return ([process.exitcode for process in ranks],
+            [Path(f"log{i}").read_text() for i in range(len(ranks))])
+
+
+SHARED = [("asd", *PICTURE, "--particles", "5", "--save-every", "1"),
+          ("asd", *PICTURE, "--prompt", "a fox", "--particles", "2", "--pixels", "--share-noise",
+           "--phi", "embedding", "--phi-steps", "2", "--optimizer", "sgd"),
+          ("asd", *PICTURE, "--particles", "4", "--real", "a.png", "--fixed-noise", "--phi-first"),
+          ("variants", *PICTURE, "--particles", "4", "--method", "nfsd", "--negative", "a fox"),
+          ("text_to_3d", *MUG, "--views", "4", "--background", "random", "--sparsity", "1"),
+          ("text_to_3d", *MUG, "--views", "4", "--background", "learnt", "--method", "vsd")]
+
+
+@pytest.mark.parametrize("flags", SHARED, ids=range(len(SHARED)))
+def test_the_number_of_processes_changes_no_bit(model, tmp_path, monkeypatch, flags):
+    """Of θ, φ, their optimisers, the pictures; in the middle of the run it changes, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Image.effect_noise((16, 16), 99).convert("RGB").save("a.png")
+    name, *flags = flags
+    flags += ["--model", model, "--device", "cpu", "--settings", "tiny"]
+    for size in (0, 1, 2, 4):
+        codes, outputs = ranked(size, name, *flags, "--steps", 3, "--micro-batch", 1, "--out", size)
+        assert codes == [0] * max(size, 1), outputs
+        assert not any(outputs[1:])                                  # number 0 alone speaks
+    half, _ = ranked(4, name, *flags, "--steps", 3, "--micro-batch", 1, "--out", "half",
+                     "--save-every", 2, moment=(2, 0))
+    assert half[0] == -signal.SIGKILL
+    assert ranked(2, name, "--resume", "half")[0] == [0, 0]
+    for other in ("1", "2", "4", "half"):
+        same_run("0", other)
+
+
+def test_a_unit_may_be_several_pictures(model, tmp_path, monkeypatch):
+    """Three units, the last of them smaller, of two processes."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*PICTURE, "--particles", 5, "--micro-batch", 2, "--model", model, "--steps", 2]
+    assert ranked(0, "asd", *flags, "--out", "one")[0] == [0]
+    assert ranked(2, "asd", *flags, "--out", "two")[0] == [0, 0]
+    same_run("one", "two")
+
+
+def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*PICTURE, "--particles", "2", "--model", model, "--steps", "400", "--save-every", "2",
+             "--out", "run"]
+    ranks = started(2, "asd", flags)
+    while not Path("run/checkpoint.safetensors").exists():
+        assert ranks[0].exitcode is None, Path("log0").read_text()
+        time.sleep(0.01)
+    ranks[1].kill()
+    ranks[0].join(60)
+    said = Path("log0").read_text()
+    assert ranks[0].exitcode == 2 and "Traceback" not in said and said.splitlines()[-1] == \
+        "asd.py: another process has ended; go on with --resume run"
+    assert asd.main(["--resume", "run", "--steps", "1"]) == 2       # it has more: it can be read
+
+
+def test_what_cannot_be_shared_is_said_once(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((16, 16), 99).convert("RGB").save("a.png")
+    for (name, *flags), wanted in [(("editing", *EDIT), "one process alone"),
+                                   (("asd", *PICTURE), "1 pictures at a time"),
+                                   (("asd", *PICTURE, "--lam", "much"), "--help"),
+                                   (("asd", *PICTURE, "--steps", "0"), "[1")]:
+        codes, (first, second) = ranked(2, name, *flags, "--model", model, "--out", "run")
+        assert codes == [2, 2] and wanted in first and not second
+        assert len(first.strip().splitlines()) == 1 and not Path("run").exists()
+
+
+# --------------------------------------------------------------------------- many prompts
+def test_prompts_of_a_file(cli, capsys):
+    """A run for each line, of a name of its own; the same command again makes what is missing."""
+    prompts = ["a fox", "a fox!", "  a fox", "", "a picture of " + 9 * "very " + "red apple"]
+    Path("prompts").write_text("\n".join(prompts))
+    flags = ["--prompts-file", "prompts", "--out", "all", "--steps", "2"]
+    call = lambda *more: asd.main([*flags, "--model", cli.model, "--device", "cpu", *more])
+    assert call() == 0 and len(capsys.readouterr().out.splitlines()) == 3
+    runs_of = sorted(Path("all").iterdir())
+    assert Path("all/asd-a-fox-0") in runs_of and len(runs_of) == 3
+    asked = [json.loads((folder / "config.json").read_text())["settings"]["prompt"]
+             for folder in runs_of]
+    assert sorted(asked) == sorted([prompts[i]] for i in (0, 1, 4))
+    before = contents("all")
+    assert call() == 0 and contents("all") == before and not capsys.readouterr().out
+    for folder in runs_of[:2]:                              # one that was stopped, one with nothing
+        config = json.loads((folder / "config.json").read_text())
+        del config["picture"]
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "final.png").unlink()
+    shutil.rmtree(runs_of[2])
+    assert call() == 0 and len(capsys.readouterr().out.splitlines()) == 3
+    assert contents("all").keys() == before.keys()
+    changed = [name for name, value in contents("all").items() if value != before[name]]
+    assert not [name for name in changed if name.endswith((".png", "phi/*"))], changed
+
+
+def test_a_prompt_that_another_process_has_is_left_to_it(cli, capsys):
+    Path("prompts").write_text("a fox\na red apple")
+    Path("all/asd-a-fox-0").mkdir(parents=True)
+    held = os.open("all/asd-a-fox-0", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    flags = ["--prompts-file", "prompts", "--out", "all", "--steps", "1", "--model", cli.model]
+    assert asd.main(flags) == 0
+    assert not any(Path("all/asd-a-fox-0").iterdir()) and Path(
+        "all/asd-a-red-apple-0/final.png").exists()
+    os.close(held)
+    assert asd.main(flags) == 0 and Path("all/asd-a-fox-0/final.png").exists()
+
+
+def test_mistakes_about_a_file_of_prompts(cli, capsys):
+    """One that is of one prompt alone does not keep the others from being made."""
+    Path("prompts").write_text("a fox\na red apple")
+    flags = ["--prompts-file", "prompts", "--steps", "1", "--model", cli.model, "--out", "all"]
+    for more, wanted in [(["--prompt", "a"], "drop --prompt"), (["--resume", "a"], "--resume"),
+                         (["--method", "none"], "unknown method")]:
+        assert asd.main([*flags, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert wanted in line and not Path("all").exists()
+    Path("all/asd-a-fox-0").mkdir(parents=True)
+    Path("all/asd-a-fox-0/mine").touch()
+    assert asd.main(flags) == 2
+    assert "asd-a-fox-0 already holds a run" in capsys.readouterr().err
+    assert Path("all/asd-a-red-apple-0/final.png").exists()
+
+
 # ------------------------------------------------------------------------------ users' mistakes
 @pytest.mark.parametrize("flags, parts", [
     (["--method", "hyper"], ["'hyper'", "sds, vsd, asd"]),
@@ -680,7 +844,7 @@ def rewritten(path, tensors=None, **metadata):
     with safe_open(path, "pt") as file:
         about = file.metadata() | metadata
     named = {name: x for name, x in (load_file(path) | (tensors or {})).items() if x is not None}
-    save_file(named, path, {"digest": runs.digest(named, about["step"], about["weights"])}
+    save_file(named, path, {"digest": files.digest(named, about["step"], about["weights"])}
               | {key: value for key, value in about.items() if key != "digest"} | metadata)
 
 

@@ -30,6 +30,7 @@ import variants
 from asd import Latents, NoisePhi, State
 from claims import exact as exact_claim
 from conftest import GaussianMixture, cosine, particle_eps, randn
+from files import load_tensors, tensors
 from prior import ddim_samples, ode_end, one_step_x0
 from test_asd import close, mutants, noise, seeds, shapes
 from test_distill import (  # noqa: F401 (fixtures)
@@ -115,7 +116,7 @@ def bracket(phi, eps_uncond, eps_y, eps, lam, t=None, cond=None, x_t=None):
     more = []
     if isinstance(phi, (CSD, NFSD)):
         extra = phi.asks(getattr(phi, "step", 0), x_t, t, cond, cond, lam)[2:]
-        more = extra if extra == [None] else asd.ask(phi.prior, extra)
+        more = asd.ask(phi.prior, extra) if extra and extra != [None] else extra
     eps_phi = phi(x_t, t, cond, eps, None, eps_uncond, eps_y, *more)
     return asd.generator_grad(eps_uncond, eps_y, eps_phi, lam)
 
@@ -762,7 +763,7 @@ def test_fixed_noise_is_one_eps_and_many_t(prior, fixed):  # noqa: F811
     (t, eps), *others = state.phi.seen
     assert all(torch.equal(eps, other) == fixed for _, other in others)
     assert not any(torch.equal(t, other) for other, _ in others)
-    assert ("eps" in state.tensors()) == fixed
+    assert ("eps" in tensors(state)) == fixed
 
 
 def network(prior, random):  # noqa: F811
@@ -783,9 +784,9 @@ def test_n_plus_m_steps_are_n_then_m(prior, untrained, name, changes, generator)
     whole, first, second = fresh(), fresh(), fresh(99)
     go(prior, method, whole)
     go(prior, replace(method, steps=2), first)
-    second.load_tensors(copy.deepcopy(first.tensors()), 2)
+    load_tensors(second, copy.deepcopy(tensors(first)), 2)
     go(prior, method, second)
-    assert second.step == 4 and same(second.tensors(), whole.tensors())
+    assert second.step == 4 and same(tensors(second), tensors(whole))
 
 
 # --------------------------------------------------------------------------- the network generator

@@ -84,28 +84,39 @@ class Scene(nn.Module):
         return (c2w.to(self.prior.device), draw(*self.fovy),
                 torch.cat([self.prompts[word] for word in words]))
 
-    def picture(self, c2w, size, rng=None, fovy=40.0):
-        """A Picture [B, H, W] of the cameras."""
-        behind = 1.0
-        if rng and self.background == "random":
-            behind = torch.rand(len(c2w), 1, 1, 3, generator=rng).to(c2w)
-        elif self.background == "learnt":
+    def picture(self, c2w, size, places=None, fovy=40.0, behind=1.0):
+        """A Picture [B, H, W] of the cameras; places: of the samples on the rays, as in render."""
+        if self.background == "learnt":
             behind = self.nerf.background.sigmoid()
         behind = torch.as_tensor(behind).to(c2w).expand(len(c2w), size, size, 3)
-        return render(self.nerf, *rays(c2w, fovy, size), self.samples, behind, rng)
+        return render(self.nerf, *rays(c2w, fovy, size), self.samples, behind, places)
 
-    def forward(self):
-        """-> (x0 [B, C, H, W], the views' prompts [B, L, C], cameras [B, 16] for φ)."""
+    @property
+    def batch(self):
+        return self.views
+
+    def parts(self, units):
+        """Of each of some lists of views, lazily: what forward() returns."""
         if self.step % 16 == 0:
             self.update_grid(self.rng)
         c2w, fovy, cond = self.cameras()
-        size = self.resolution[int(self.step >= self.late * self.steps)]
-        picture = self.picture(c2w, size, self.rng, fovy)
-        self.opacity = picture.opacity
-        rgb = F.interpolate(picture.rgb.permute(0, 3, 1, 2), self.prior.image_size, mode="bilinear",
-                            align_corners=False)
+        size, behind = self.resolution[int(self.step >= self.late * self.steps)], torch.ones(1)
+        if self.background == "random":
+            behind = torch.rand(self.views, 1, 1, 3, generator=self.rng)
+        behind = behind.expand(self.views, 1, 1, 3)
+        places = torch.rand(self.views, size * size, self.samples, generator=self.rng)
         self.step += 1
-        return self.prior.encode_image(rgb), cond, c2w.flatten(1)
+        for rows in units:
+            picture = self.picture(c2w[rows], size, places[rows].flatten(0, 1), fovy[rows],
+                                   behind[rows])
+            self.opacity = picture.opacity
+            rgb = F.interpolate(picture.rgb.permute(0, 3, 1, 2), self.prior.image_size,
+                                mode="bilinear", align_corners=False)
+            yield self.prior.encode_image(rgb), cond[rows], c2w[rows].flatten(1)
+
+    def forward(self):
+        """-> (x0 [B, C, H, W], the views' prompts [B, L, C], cameras [B, 16] for φ)."""
+        return next(self.parts([slice(None)]))
 
     def regulariser(self):
         """sparsity · E[√(o² + 0.01)] + opaque · E[H(o)] of the last views' opacities o. -> scalar.
@@ -181,6 +192,8 @@ def add_flags(add):
     some = runs.number(float)
     variants.add_options(add)
     add("--prompt", metavar="TEXT", help="what to make")
+    add("--prompts-file", type=runs.place, metavar="FILE", help="a run for each line, but for "
+        "those that are finished; several processes may share it")
     add("--views", type=runs.number(int, 1), help="pictures per step (default 2)")
     add("--samples", type=runs.number(int, 2), help="along each ray (default 48)")
     add("--elevation", type=runs.number(float, -90, 90), nargs=2,

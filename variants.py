@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import asd
+import files
 import runs
 from asd import Method, NoisePhi, cfg_noise, optimal_eps_phi
 from phi import as_list, untrained
@@ -143,15 +144,15 @@ class NFSD(NoisePhi):
         self.negative = prior.encode_text([negative])
 
     def asks(self, step, x_t, t, y, null, lam):
-        noisy = 5 * t >= self.prior.steps                            # only these are asked
-        negative = (x_t[noisy], t[noisy], self.negative.expand(int(noisy.sum()), -1, -1))
-        return [*asd.guidance(step, x_t, t, y, null, lam), negative if noisy.any() else None]
+        noisy = (5 * t >= self.prior.steps).nonzero()                # only these are asked
+        negative = [(x_t[i], t[i], self.negative) for i in noisy]
+        return [*asd.guidance(step, x_t, t, y, null, lam), *negative]
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, eps_neg=None):
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, *eps_neg):
         # ε_φ = 0 for t < 200, ε_neg above
         eps_phi = torch.zeros_like(eps)
-        if eps_neg is not None:
-            eps_phi[5 * t >= self.prior.steps] = eps_neg
+        if eps_neg:
+            eps_phi[5 * t >= self.prior.steps] = torch.cat(eps_neg)
         return eps_phi
 
 
@@ -383,7 +384,7 @@ def train_corrective(args):
         x_T = torch.randn(n, *prior.shape, generator=noise)
         return ddim_samples(prior, asked, x_T, args.ddim, 3.0 if prompts else 1.0)
     if args.images:
-        pictures = runs.encode_folder(prior, args.images).cpu()
+        pictures = files.encode_folder(prior, args.images).cpu()
     else:
         made_by = corrective.fingerprint(unet, prompts, args.ddim, args.seed, args.batch)
         kept = DATA / f"corrective-{name}-{made_by}.samples.safetensors"
@@ -424,7 +425,7 @@ def still_ours(path, shapes):
     from safetensors import SafetensorError, safe_open
     try:
         if path.exists():
-            with safe_open(runs.regular(path), "pt") as file:
+            with safe_open(files.regular(path), "pt") as file:
                 if any(file.get_slice(name).get_shape()[-len(shape):] != list(shape)
                        for name, shape in shapes.items()):
                     raise ValueError("other shapes")
@@ -434,7 +435,7 @@ def still_ours(path, shapes):
 
 
 def read_lines(path):
-    lines = [line.strip() for line in runs.read_text(path).splitlines() if line.strip()]
+    lines = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} holds no prompt: one per line is needed")
     return lines

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import asd
+import files
 import nerf
-import runs
 from tiny import data, judge, make
 from tiny.make import HERE
 
@@ -34,7 +34,7 @@ def prior():
 def examples():
     """(captions, RGB [12, 3, 64, 64] in [0, 1])."""
     captions = json.loads((EXAMPLES / "captions.json").read_text())
-    images = [runs.read_image(EXAMPLES / name, (64, 64)) for name in captions]
+    images = [files.read_image(EXAMPLES / name, (64, 64)) for name in captions]
     return list(captions.values()), torch.cat(images)
 
 
