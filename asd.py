@@ -321,9 +321,8 @@ class Share:
         self.sizes = [len(unit) for unit in self.units] if self.count > 1 else None
 
     def draw(self, rng, x0, lowest, highest):
-        """draw() for all n samples, and the rows that are here."""
-        t, eps = draw(rng, x0[:1].expand(self.n, *x0.shape[1:]), lowest, highest)
-        return t[self.rows], eps[self.rows]
+        """draw() for all n samples, here or elsewhere."""
+        return draw(rng, x0[:1].expand(self.n, *x0.shape[1:]), lowest, highest)
 
     def backward(self, losses, optimizer):
         """The gradients of all units' losses, summed. losses: (loss, a number to tell) of each unit
@@ -347,14 +346,6 @@ def in_units(generator, size, ranks):
     return outs, apart or Share(len(outs[0][0]), size)
 
 
-def in_parts(sizes, function, *tensors):
-    """function(*tensors), so many samples at a time (None: all at once), put together again."""
-    if sizes is None:
-        return function(*tensors)
-    parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in tensors))
-    return torch.cat([function(*part) for part in parts])
-
-
 def guidance(step, x_t, t, y, null, lam):
     """What Eq. 2 asks: ε_∅, unless λ = 1 cancels it, and ε_y. A φ may have `asks` of its own."""
     return [None if lam == 1 else (x_t, t, null.expand_as(y)), (x_t, t, y)]
@@ -362,19 +353,28 @@ def guidance(step, x_t, t, y, null, lam):
 
 @torch.no_grad()
 def ask(prior, questions, sizes=None):
-    """A list of (x_t, t, cond), each [B, …], or None -> their ε's, or None: one batched call."""
-    asked = [question for question in questions if question is not None]
-    lengths = [len(t) for _, t, _ in asked]               # a φ may ask about some of the samples
-    sizes = sizes and [size for n in lengths for size in (sizes if n == sum(sizes) else [n])]
-    said = in_parts(sizes, prior.eps, *(torch.cat(parts) for parts in zip(*asked)))
-    said = iter(said.split(lengths))
-    return [None if question is None else next(said) for question in questions]
+    """A list of (x_t, t, cond), each [B, …], or None -> their ε's, or None: one batched call, or
+    one for each unit, of so many samples, and for a question that is not about all samples."""
+    calls, said = {}, [question and [] for question in questions]
+    for i, question in ((i, question) for i, question in enumerate(questions) if question):
+        whole = sizes is None or len(question[1]) == sum(sizes)
+        parts = zip(*(x.split(sizes or len(x)) for x in question)) if whole else [question]
+        for unit, part in enumerate(parts):
+            calls.setdefault(unit if whole else f"of {i}", []).append((i, part))
+    for asked in calls.values():
+        together = prior.eps(*(torch.cat(each) for each in zip(*(part for _, part in asked))))
+        for (i, _), eps in zip(asked, together.split([len(part[1]) for _, part in asked])):
+            said[i].append(eps)
+    return [each and torch.cat(each) for each in said]
 
 
 def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, sizes=None, said=()):
     """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
-    sizes = None if getattr(phi, "whole", False) else sizes
-    of = lambda cond: in_parts(sizes, phi, x_t, t, cond, eps, camera, *said)
+    def of(cond):
+        parts = [(x_t, t, cond, eps, camera, *said)]
+        if sizes and not getattr(phi, "whole", False):
+            parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in parts[0]))
+        return torch.cat([phi(*part) for part in parts])
     return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
 
 
@@ -391,10 +391,9 @@ class Update:
 
 
 def discriminator_step(state, method, d, u, null, share=None, eps_phi=None):
-    """Step 4 of the loop: one Update u of d's φ. -> loss_D.
+    """Step 4 of the loop: one Update u of d's φ, with a graph of one unit at a time. -> loss_D.
 
-    Only φ has a graph, that of one of the share's units at a time. eps_phi: φ at x_t^g, with its
-    graph, where the generator's step has computed it.
+    eps_phi: φ at x_t^g, with its graph, where the generator's step has computed it.
     """
     y, share = d.cond.expand(len(u.t), -1, -1), share or Share(len(u.t))
 
@@ -454,8 +453,8 @@ def judge(prior, state, method, d, x0, null, noise, camera, share):
     trains = any(p.requires_grad for p in d.phi.parameters())
     again, updates = method.share_noise and d.fake is d.seen, []
     for _ in range(method.phi_steps if trains else 0):
-        t_phi, eps_phi = noise if method.share_noise else share.draw(
-            state.rng, x0, 0, prior.steps - 1)
+        t_phi, eps_phi = noise if method.share_noise else (
+            v[share.rows] for v in share.draw(state.rng, x0, 0, prior.steps - 1))
         seen_from = None if camera is None else camera * (     # one view in ten without its camera
             torch.rand(share.n, 1, generator=state.rng)[share.rows] > 0.1).to(camera)
         u = Update(t_phi, eps_phi, seen_from, x_t if again else noised(d.fake, t_phi, eps_phi),
@@ -502,7 +501,7 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     phi         default: method.phi's, where that needs no prompt (an embedding does).
     second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
     state       to go on with, of the same generator and method, with its own phi, second and real.
-    micro_batch samples per network call; below B, φ with shared noise is evaluated once more.
+    micro_batch samples at a time; below B, φ with shared noise is evaluated once more.
     ranks       several processes that share the samples, and end with the same State: runs.Ranks.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
     real        x0 [N, C, H, W] of real samples, for the image-conditioned case: φ learns by Eq. 9,
@@ -528,7 +527,7 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         y = y if y is not None else cond[mine.rows] if len(cond) > 1 else cond
         late = state.step >= method.t_late * method.steps
         highest = min(method.t_max, method.t_max_late) if late else method.t_max
-        t, eps = draw(state.rng, x0[:1].expand(mine.n, -1, -1, -1), *(
+        t, eps = mine.draw(state.rng, x0, *(
             min(round(f * prior.steps), prior.steps - 1) for f in (method.t_min, highest)))
         if method.fixed_noise:
             state.eps = eps = eps if state.eps is None else state.eps.to(eps)

@@ -292,7 +292,8 @@ def make_parser(command):
     add("--rank", type=number(int, 1), help="of the LoRA (default 4)")
     add("--phi-init", type=place, metavar="LORA", help="a folder or file that φ's LoRA starts at")
     add("--tokens", type=number(int, 1), help="learnable words of the embedding (default 4)")
-    add("--micro-batch", type=number(int, 1), help="pictures per UNet call (default: all)")
+    add("--micro-batch", type=number(int, 1), help="pictures at a time (default: all; 1 where "
+        "several processes share them)")
     add("--checkpointing", action="store_const", const=True, help="less memory for φ, more time")
     add("--compile", action="store_const", const=True, help="the networks' repeated blocks; meant "
         "for CUDA: on the CPU a step of tiny-sd gains 3 to 10 %%, less than the minute it takes")

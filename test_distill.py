@@ -1119,12 +1119,13 @@ def test_micro_batches_change_nothing(prior, changes):
 
 
 def test_micro_batch_bounds_each_call(prior):
-    state, sizes = make_state(prior, method_of(), particles=5), []
-    for unet in (prior.network, state.phi.network):
-        unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    go(prior, method_of(share_noise=True), state, micro_batch=2)
+    state, sizes = make_state(prior, method_of(), particles=5), ([], [])
+    for unet, seen in zip((prior.network, state.phi.network), sizes):
+        unet.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(len(args[0])))
+    go(prior, method_of(share_noise=True, steps=1), state, micro_batch=2)
     prior.network._forward_pre_hooks.clear()
-    assert max(sizes) == 2
+    assert sizes == ([4, 4, 2], 2 * [2, 2, 1])     # the prior: ε_∅ and ε_y; φ: for θ, then to learn
 
 
 def test_phi_learns_from_all_particles(prior):
