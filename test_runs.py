@@ -182,7 +182,7 @@ def test_progress_goes_from_the_start_to_the_end(cli):
 
 
 def test_film_of_a_long_run_has_ten_frames(cli, monkeypatch):
-    def quick(prior, generator, cond, method, state, micro_batch, callback):
+    def quick(prior, generator, cond, method, state, micro_batch, ranks, callback):
         while state.step < method.steps:
             state.step += 1
             callback(state, {"loss_G": 0.0, "loss_D": 0.0, "seconds": 0.0})
@@ -561,6 +561,24 @@ def test_an_error_of_a_library_is_one_line(cli, monkeypatch, error, line):
         raise error
     monkeypatch.setattr(LoRAPhi, "__init__", fail)
     one_line(cli(), line)
+
+
+@pytest.mark.parametrize("phi", ["lora", "embedding"])
+def test_compiled_blocks_say_the_same(cli, monkeypatch, phi):
+    """Every transformer block of the prior, and of a LoRA's view, once; up to rounding. Eager code
+    stands for the compiled."""
+    blocks, compile_ = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: blocks.append(block) or
+                        compile_(block, backend="eager", **how))
+    monkeypatch.setattr(asd.Prior, "from_pretrained", load_once.__wrapped__)   # it changes this one
+    flags = ["--phi", phi, "--pixels", "--steps", 2]
+    assert cli(*flags, "--compile", "--out", "compiled")[0] == cli(*flags, "--out", "plain")[0] == 0
+    there = [block for block in load_once(cli.model).network.modules()
+             if type(block).__name__ == "BasicTransformerBlock"]
+    assert len(set(map(id, blocks))) == len(blocks) == (1 + (phi == "lora")) * len(there) > 0
+    one, two = checkpoint("compiled"), checkpoint("plain")
+    for name in ("theta.0", "phi.0"):
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------- several processes
