@@ -497,12 +497,22 @@ def from_folder(diffusers, folder, dtype):
 
 def from_file(diffusers, path, dtype, config):
     """The pipeline in one .safetensors file, of the kind of the folder `config`."""
+    from safetensors import safe_open
     if path.suffix != ".safetensors" or config is None:
         raise UserError(f"{path}: of files only .safetensors do, with --config, a diffusers folder "
                         "of the same kind of model (its weights are not needed)")
     kind, _ = pipeline_class(diffusers, Path(config))
-    return kind.from_single_file(str(path), config=str(config), dtype=dtype,
-                                 local_files_only=True)
+    try:                              # what the file lacks stays on "meta", and cannot be moved
+        pipe = kind.from_single_file(str(path), config=str(config), dtype=dtype,
+                                     local_files_only=True).to("cpu")
+    except (NotImplementedError, KeyError) as error:
+        raise UserError(f"{path} lacks weights that a model like {config} has") from error
+    with safe_open(path, "pt") as file:          # what it has besides would be left out unsaid
+        held = sum(key.startswith("model.diffusion_model.") for key in file.keys())
+    if "unet" in pipe.components and held != len(pipe.unet.state_dict()):
+        raise UserError(f"{path} has {held} weights of a unet, but a model like {config} has "
+                        f"{len(pipe.unet.state_dict())}")
+    return pipe
 
 
 @contextmanager

@@ -5,6 +5,7 @@ prior that is exact, tiny/sd itself in a flow model's variables.
 """
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -400,19 +401,98 @@ def test_a_part_stored_in_half_precision_alone(family_folders, tmp_path):
                 whole.network.state_dict())
 
 
-def test_one_file_holds_all_parts(tmp_path, monkeypatch, no_network):  # noqa: F811
-    """The file's layout is diffusers' business; that it is asked rightly, ours."""
-    from diffusers import StableDiffusionPipeline
-    file, asked = tmp_path / "model.safetensors", {}
-    save_file({"w": torch.zeros(1)}, file)
+# ------------------------------------------------------------------------- all parts in one file
+# how the authors' own code names its tensors: {part: (prefix, "pattern > replacement; …")}
+LDM = {"unet": ("model.diffusion_model.", r"""
+(resnets.*)norm1 > \1in_layers.0; (resnets.*)norm2 > \1out_layers.0; time_emb_proj > emb_layers.1
+(resnets.*)conv1 > \1in_layers.2; (resnets.*)conv2 > \1out_layers.3; conv_norm_out > out.0
+time_embedding.linear_1 > time_embed.0; time_embedding.linear_2 > time_embed.2; conv_out > out.2
+add_embedding.linear_1 > label_emb.0.0; add_embedding.linear_2 > label_emb.0.2
+conv_shortcut > skip_connection; conv_in > input_blocks.0.0
+down_blocks.0.resnets.0 > input_blocks.1.0; down_blocks.1.resnets.0 > input_blocks.3.0
+down_blocks.0.downsamplers.0.conv > input_blocks.2.0.op; mid_block.resnets.0 > middle_block.0
+down_blocks.1.attentions.0 > input_blocks.3.1; mid_block.resnets.1 > middle_block.2
+mid_block.attentions.0 > middle_block.1; up_blocks.1.resnets.0 > output_blocks.2.0
+up_blocks.0.resnets.(.) > output_blocks.\1.0; up_blocks.0.attentions.(.) > output_blocks.\1.1
+up_blocks.0.upsamplers.0 > output_blocks.1.2; up_blocks.1.resnets.1 > output_blocks.3.0"""),
+       "vae": ("first_stage_model.", r"""
+down_blocks.(.).resnets > down.\1.block; down_blocks.0.downsamplers.0 > down.0.downsample
+up_blocks.0.resnets > up.1.block; up_blocks.1.resnets > up.0.block; conv_norm_out > norm_out
+up_blocks.0.upsamplers.0 > up.1.upsample; mid_block.resnets.0 > mid.block_1; group_norm > norm
+mid_block.resnets.1 > mid.block_2; mid_block.attentions.0 > mid.attn_1; to_(q|k|v) > \1
+to_out.0 > proj_out; conv_shortcut > nin_shortcut""")}
+CLIP, OPEN = r"^(text_model\.)? > text_model.", r"""^(text_model\.)? > ; embeddings.token > token
+embeddings.position_embedding.weight > positional_embedding; encoder.layers > transformer.resblocks
+final_layer_norm > ln_final; layer_norm > ln_; self_attn > attn; fc1 > c_fc; fc2 > c_proj
+text_projection.weight > text_projection"""
+TEXT = {"epsilon": {"text_encoder": ("cond_stage_model.transformer.", CLIP)},
+        "v_prediction": {"text_encoder": ("cond_stage_model.model.", OPEN)},
+        "sdxl": {"text_encoder": ("conditioner.embedders.0.transformer.", CLIP),
+                 "text_encoder_2": ("conditioner.embedders.1.model.", OPEN)}}
+
+
+def single_file(prior, kind, file):
+    """The prior's weights as Stable Diffusion 1.x, 2.x or XL was published: one file."""
+    named = {"alphas_cumprod": prior.alphas ** 2}                # as left over from training
+    for part, (prefix, renames) in (LDM | TEXT[kind]).items():
+        for key, value in getattr(prior.pipe, part).state_dict().items():
+            for rename in re.split("; |\n", renames.strip()):
+                key = re.sub(*rename.split(" > "), key)
+            if part == "vae" and "attn" in key and value.dim() == 2:
+                value = value[..., None, None]                   # a 1 x 1 convolution there
+            value = value.T if key == "text_projection" else value
+            named[prefix + key] = value.contiguous()
+    for key in [key for key in named if ".attn.q_proj." in key]:        # one matrix there
+        named[key.replace("q_proj.", "in_proj_")] = torch.cat(
+            [named.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"])
+    save_file(named, file)
+
+
+@pytest.fixture
+def single(folders, family_folders, tmp_path):  # noqa: F811
+    """single(kind) -> (the Prior of a folder, the same in one file, the folder without weights)."""
+    def single(kind):
+        folder, file = (folders | family_folders)[kind], tmp_path / "model.safetensors"
+        prior = Prior.from_pretrained(folder, "cpu")
+        single_file(prior, kind, file)
+        return prior, file, shutil.copytree(folder, tmp_path / "config",
+                                            ignore=shutil.ignore_patterns("*.safetensors"))
+    return single
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_a_single_file_is_the_folders_own(single, kind, no_network):  # noqa: F811
+    prior, file, config = single(kind)
     with pytest.raises(UserError, match="--config"):
         Prior.from_pretrained(file, "cpu")
-    pipe = make.load_pipeline(make.HERE / "sd", "cpu")
-    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file",
-                        lambda path, **kwargs: asked.update(kwargs, path=path) or pipe)
-    prior = Prior.from_pretrained(file, "cpu", config=make.HERE / "sd")
-    assert asked["path"] == str(file) and asked["local_files_only"] and no_network == []
-    assert prior.shape == (4, 16, 16)
+    loaded = Prior.from_pretrained(file, "cpu", config=config)
+    (x_t, t, cond), images = sample(prior), torch.rand(2, 3, *prior.image_size, generator=rng())
+    assert torch.equal(loaded.encode_text([PROMPT, "a blue fox"]), cond) and no_network == []
+    with torch.no_grad():
+        assert torch.equal(loaded.eps(x_t, t, cond), prior.eps(x_t, t, cond))
+        assert torch.equal(loaded.encode_image(images), prior.encode_image(images))
+        assert torch.equal(loaded.decode(x_t), prior.decode(x_t))
+
+
+KEYS = ["model.diffusion_model.out.2.bias", "model.diffusion_model.label_emb.0.0.weight",
+        "first_stage_model.decoder.norm_out.weight", "conditioner.embedders.1.model.ln_final.bias",
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"]
+
+
+@pytest.mark.parametrize("key, change, told", [
+    *((key, *case) for key in KEYS for case in (
+        (lambda named, key: named.pop(key), "lacks weights"),
+        (lambda named, key: named.update({key: named[key][:-1]}), "expected shape"),
+        (lambda named, key: named[key].view(-1)[:1].fill_(math.nan), "not finite"))),
+    (KEYS[0], lambda named, key: named.update({f"{key}_scale": torch.ones(1)}), "of a unet")])
+def test_a_single_file_of_other_weights_is_refused(single, key, change, told):
+    _, file, config = single("sdxl")
+    named = load_file(file)
+    change(named, key)
+    save_file(named, file)
+    with pytest.raises(UserError, match=f"{file}.*{told}") as caught:
+        Prior.from_pretrained(file, "cpu", config=config)
+    assert "\n" not in str(caught.value)
 
 
 # -------------------------------------------------------------------- a flow prior that is exact
