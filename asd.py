@@ -310,8 +310,9 @@ def draw(rng, x0, lowest, highest):
 
 
 class Share:
-    """What this process does of a step's n samples: units of `size` (None: one unit, all), which is
-    what a network is asked at once. ranks: several processes, see runs.Ranks."""
+    """This process's part of a step's n samples, in units of `size` (None: all are one), each of
+    which is one call of a network. ranks: of several processes, at most as many as there are units,
+    see runs.Ranks."""
 
     def __init__(self, n, size=None, ranks=None):
         units = torch.arange(n).split(size or (1 if ranks else n))
@@ -354,18 +355,13 @@ def guidance(step, x_t, t, y, null, lam):
 @torch.no_grad()
 def ask(prior, questions, sizes=None):
     """A list of (x_t, t, cond), each [B, …], or None -> their ε's, or None: one batched call, or
-    one for each unit, of so many samples, and for a question that is not about all samples."""
-    calls, said = {}, [question and [] for question in questions]
-    for i, question in ((i, question) for i, question in enumerate(questions) if question):
-        whole = sizes is None or len(question[1]) == sum(sizes)
-        parts = zip(*(x.split(sizes or len(x)) for x in question)) if whole else [question]
-        for unit, part in enumerate(parts):
-            calls.setdefault(unit if whole else f"of {i}", []).append((i, part))
-    for asked in calls.values():
-        together = prior.eps(*(torch.cat(each) for each in zip(*(part for _, part in asked))))
-        for (i, _), eps in zip(asked, together.split([len(part[1]) for _, part in asked])):
-            said[i].append(eps)
-    return [each and torch.cat(each) for each in said]
+    one for each unit, of so many of the samples."""
+    asked = [question for question in questions if question is not None]
+    units = zip(*(zip(*(x.split(sizes or len(x)) for x in question)) for question in asked))
+    said = [prior.eps(*(torch.cat(each) for each in zip(*unit))).split([len(t) for _, t, _ in unit])
+            for unit in units]
+    said = iter([torch.cat(parts) for parts in zip(*said)])
+    return [None if question is None else next(said) for question in questions]
 
 
 def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, sizes=None, said=()):
@@ -494,15 +490,16 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     prior       a Prior.
     generator   an nn.Module; generator() -> x0 [B, C, H, W], or (x0, cond, camera) where what is
                 asked for depends on the view (3D): cond [B, L, C], camera [B, 16] for φ.
-                generator.regulariser() -> a scalar that is added to its loss, if there is one.
-                generator.parts([rows, …]) -> the same for these of its `batch` samples, if it can.
+                generator.regulariser() -> a scalar, of the last samples, that is added to its loss.
+                generator.parts([rows, …]) -> the same for these of its `batch` samples, one by one.
+                (Both only if it can.)
     cond        [1 or B, L, C] from prior.encode_text.
     method      a Method, or a name in METHODS.
     phi         default: method.phi's, where that needs no prompt (an embedding does).
     second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
     state       to go on with, of the same generator and method, with its own phi, second and real.
     micro_batch samples at a time; below B, φ with shared noise is evaluated once more.
-    ranks       several processes that share the samples, and end with the same State: runs.Ranks.
+    ranks       several processes that share the samples (no second), with one State: runs.Ranks.
     callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
     real        x0 [N, C, H, W] of real samples, for the image-conditioned case: φ learns by Eq. 9,
                 each time from B of them, drawn anew. Default: there are none, Eq. 10.

@@ -437,7 +437,7 @@ def main(argv=None):
         methods(any(flag.startswith("--net") for flag in given)), variants.ALL_PHIS, asd.CHOICES,
         build, asd.distill, add_flags=add_flags, defaults=DEFAULTS, options=variants.OPTIONS,
         prompts=lambda settings: sum(prompts(settings), []), check=check, finish=finish,
-        measure=measure, paper=PAPER), given)
+        measure=measure, paper=PAPER, shared=False), given)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ Nothing is trusted: whatever cannot be used is a UserError, one line for the use
 """
 import hashlib
 import json
+import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +29,14 @@ def read_text(path):
         return regular(path).read_text("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def read_lines(path):
+    """The lines of a text file that are not empty. UserError where there is none."""
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path} holds no prompt: one per line is needed")
+    return lines
 
 
 # ----------------------------------------------------------------------------------- pictures
@@ -78,6 +88,24 @@ def claimed(folder, config):
     except FileExistsError:
         return False
     return True
+
+
+@contextmanager
+def held(folder, wait=False):
+    """Make a folder and keep it from other processes' held(); what it gives is whether it could be
+    had, at once or after a wait. However a process ends, the system opens its folder again."""
+    from fcntl import LOCK_EX, LOCK_NB, flock
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            flock(lock, LOCK_EX if wait else LOCK_EX | LOCK_NB)
+            mine = folder.exists() and os.path.samestat(os.fstat(lock), os.stat(folder))
+        except BlockingIOError:
+            mine = False
+        yield mine
+    finally:
+        os.close(lock)
 
 
 def unclaim(folder):

@@ -411,6 +411,14 @@ def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
     return ode_end(eps_of, x_T.to(prior.device), t, steps, prior.alpha_sigma)
 
 
+def compile_blocks(network):
+    """torch.compile of its repeated blocks alone: diffusers' compile_repeated_blocks, and SD3's."""
+    names = network._repeated_blocks or ["JointTransformerBlock"]
+    for block in network.modules():
+        if type(block).__name__ in names:
+            block.compile(dynamic=False)
+
+
 # ------------------------------------------------------------------------------------ loading one
 def usable(device):
     """A --device, checked; None or "auto": cuda where there is one. Raises UserError."""
@@ -418,14 +426,15 @@ def usable(device):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
         raise UserError(f"--device {device} is none of cpu, cuda, cuda:1, …")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:       # torchrun's: a process, a device
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(0, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].split(" device type")[0][:90]
         raise UserError(f"--device {device} cannot be used here: {reason}") from error
-    if device == "cuda" and "LOCAL_RANK" in os.environ:       # torchrun's: a process, a device
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     return device
 
 

@@ -37,13 +37,15 @@ from files import (
     claimed,
     copied,
     fingerprint,
+    held,
     load_checkpoint,
+    read_lines,
     read_text,
     regular,
     save_checkpoint,
     unclaim,
 )
-from prior import Prior, UserError, usable
+from prior import Prior, UserError, compile_blocks, usable
 
 
 # ------------------------------------------------------------- what all commands read, and print
@@ -136,15 +138,16 @@ def guarded(name, work, less="--micro-batch 1 or --checkpointing", go_on=str, mi
             mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""
             return say(name, f"{str(mistake).strip() or type(mistake).__name__}{mend}")
         except (RuntimeError, MemoryError) as error:
-            if re.search("gloo|NCCL|by peer", str(error)):
-                return 1 if rank() else say(name, f"another process has ended{go_on()}")
+            if dist.is_initialized() and re.search("gloo|NCCL|by peer", str(error)):
+                return say(name, f"another process has ended{go_on()}") if loud else 1
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
                     and not re.search("DefaultCPUAllocator|ation overflow", str(error)):
                 raise
             return say(name, f"out of memory: try {less}")
         except KeyboardInterrupt:
-            print(file=sys.stderr)
-            say(name, f"stopped{go_on()}")
+            if loud:
+                print(file=sys.stderr)
+                say(name, f"stopped{go_on()}")
             return 130
     return status
 
@@ -174,8 +177,8 @@ class Ranks:
             if loss is not None:
                 loss.backward()
             flat = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat += [p.new_tensor(p.grad is not None) for p in parameters]
-            flat = torch.cat([each.flatten() for each in (*flat, number.to(parameters[0]))])
+            flat += [flat[0].new_tensor([p.grad is not None for p in parameters]), number]
+            flat = torch.cat([each.flatten().to(flat[0]) for each in flat])
             optimizer.zero_grad()
             everybody = [torch.empty_like(flat) for _ in range(self.size)]
             dist.all_gather(everybody, flat)
@@ -183,7 +186,7 @@ class Ranks:
                 total = each if total is None else total + each
                 told.append(each[-1].item())
         *grads, there, _ = total.split([*(p.numel() for p in parameters), len(parameters), 1])
-        for p, grad, has in zip(parameters, grads, there, strict=True):
+        for p, grad, has in zip(parameters, grads, there.tolist(), strict=True):
             p.grad = grad.view_as(p) if has else None
         return told
 
@@ -228,6 +231,7 @@ class Command:
     finish: Callable = final_picture                 # … -> the picture to name
     measure: Callable = lambda settings, prior, state, images: {}           # {name: number}
     paper: tuple = ("", {})       # the paper's settings, for real models: (source, {name: value})
+    shared: bool = True           # whether several processes may share a run
 
     def phi_name(self, row):
         return next(name for name, phi in self.phis.items() if phi is row.phi)
@@ -446,13 +450,10 @@ def set_up(command, settings, folder, checkpoint=None):
     except ValueError as error:
         raise UserError(error) from error
     if settings["compile"]:                       # the prior's and each φ's view of the network
-        seconds = [state.second.phi] if state.second else []
-        views = [getattr(phi, "network", None) for phi in (state.phi, *seconds)]
-        for network in filter(None, (prior.network, *views)):
-            names = network._repeated_blocks or ["JointTransformerBlock"]     # SD3 names none
-            for block in network.modules():
-                if type(block).__name__ in names:
-                    block.compile(dynamic=False)
+        owners = (prior, state.phi, getattr(state.second, "phi", None))
+        views = {getattr(owner, name, None) for owner in owners for name in ("network", "view")}
+        for network in views - {None}:
+            compile_blocks(network)
     prior.release_text_encoders()
     frames = load_checkpoint(checkpoint, state, weights) if checkpoint else {}
     return prior, weights, cond, method, state, frames
@@ -466,21 +467,21 @@ def run(command, settings, folder, resumed, ranks=None):
     going_on = checkpoint if resumed and checkpoint.exists() else None
     try:
         prior, weights, cond, method, state, frames = set_up(command, settings, folder, going_on)
+        if ranks and ranks.size > 1:
+            whole = getattr(state.phi, "whole", not hasattr(state.generator, "parts"))
+            units = 1 if whole else -(-state.generator.batch // (settings["micro_batch"] or 1))
+            if units < ranks.size:
+                raise UserError(f"{ranks.size} processes are too many for {units} parts, "
+                                "--particles or --views over --micro-batch")
     except BaseException:
         if folder and not resumed:
             unclaim(folder)
         raise
-    if ranks and not hasattr(state.generator, "parts"):
-        raise UserError("one process alone makes this")
-    units = math.ceil(getattr(state.generator, "batch", 1) / (settings["micro_batch"] or 1))
-    if ranks and units < ranks.size:
-        raise UserError(f"{units} pictures at a time, --micro-batch, are too few for "
-                        f"{ranks.size} processes")
     loop = partial(command.loop, prior, state.generator, cond, method, state=state,
                    micro_batch=settings["micro_batch"], ranks=ranks)
     if state.step > method.steps:
         raise UserError(f"{folder} has {state.step} steps already: --steps {method.steps} is less")
-    if rank() and ranks:
+    if ranks and ranks.rank:
         loop(callback=None)
         return
     metrics = folder / "metrics.jsonl"
@@ -494,8 +495,8 @@ def run(command, settings, folder, resumed, ranks=None):
         "program": command.name, "settings": settings, "python": platform.python_version(),
         "settings_from": source, "device": str(prior.device), "dtype": str(prior.dtype)} | {
         package: version(package) for package in ("torch", "diffusers", "transformers", "peft")}
-    keep = lambda: write_text(folder / "config.json",
-                              json.dumps(config, indent=1, ensure_ascii=False))
+    keep = lambda **more: write_text(folder / "config.json", json.dumps(
+        config | more, indent=1, ensure_ascii=False))
     keep()
     asked = [*command.prompts(settings), *getattr(state.phi, "texts", [])]
     unknown = sorted({word for text in asked for word in prior.unknown_words(text)})
@@ -538,44 +539,42 @@ def run(command, settings, folder, resumed, ranks=None):
         peak = torch.cuda.max_memory_allocated(prior.device) / 2 ** 30
         print(f"peak memory: {peak:.2f} GiB", file=sys.stderr)
     picture = command.finish(folder, settings, prior, state)
-    config["picture"] = picture.name
-    keep()
+    keep(picture=picture.name)
     print(picture)
 
 
 def many(command, given, file):
-    """A run for each line of a file, but for those that are finished, or another process's now.
-    -> exit status, the worst."""
-    from fcntl import LOCK_EX, LOCK_NB, flock
+    """A run for each line of a file, but what is done, or another's now. -> the worst status."""
+    import gc
     if given["prompt"] or given["resume"]:
         raise UserError("--prompts-file names the prompts: drop --prompt and --resume")
     several = isinstance(make_parser(command).parse_args(["--prompt", "a"]).prompt, list)
-    texts = dict.fromkeys(line for line in map(str.strip, read_text(file).splitlines()) if line)
-    asked = {text: given | {"prompt": [text] if several else text} for text in texts}
-    names = {text: named(read_settings(one, command, False)[0], command)
-             for text, one in asked.items()}
-    worst = 0
-    for text, one in asked.items():
-        folder = Path(given["out"] or "outputs") / names[text]
-        if f"-{text.replace(' ', '-')}-" not in names[text]:         # there may be another such
-            folder = folder.with_name(f"{folder.name}-{zlib.crc32(text.encode()):08x}")
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)           # given back by the system, however a run ends
+    asked, worst = {}, 0
+    for text in read_lines(file):
+        one = given | {"prompt": [text] if several else text}
+        name = named(read_settings(one, command, False)[0], command)
+        if f" {text} " not in name.replace("-", " "):                # there may be another such
+            name += f"-{zlib.crc32(text.encode()):08x}"
+        asked[Path(given["out"] or "outputs") / name] = one
+    for folder, one in asked.items():
 
-        def work(one=one, folder=folder, lock=lock):
-            with suppress(BlockingIOError):
-                flock(lock, LOCK_EX | LOCK_NB)
+        def work(folder=folder, one=one):
+            with held(folder) as mine:
                 config = folder / "config.json"
-                if not config.exists():
+                if mine and not config.exists():
                     run(command, *read_settings(one | {"out": str(folder)}, command))
-                elif '"picture":' not in read_text(config):
-                    run(command, *read_settings(one | {"resume": folder, "out": None}, command))
-        try:
-            worst = max(worst, guarded(command.name, work))
-        finally:
-            os.close(lock)
+                elif mine:
+                    resumed = read_settings(one | {"resume": folder, "out": None}, command)
+                    about = json.loads(read_text(config))
+                    if "picture" not in about or about["settings"]["steps"] < resumed[0]["steps"]:
+                        run(command, *resumed)
+        worst = max(worst, guarded(command.name, work))
+        gc.collect()                                          # a model less, before the next one
         if worst == 130:
             break
+    for folder in asked if worst and rank() is not None else ():      # torchrun would stop them
+        with held(folder, wait=True):
+            pass
     return worst
 
 
@@ -590,6 +589,8 @@ def main(command, argv=None):
             return many(command, given, file)
         if rank() is not None:
             ranks = Ranks()
+            if ranks.size > 1 and not command.shared:
+                raise UserError("one process alone can do this")
         settings, folder, resumed = read_settings(given, command, not rank())
         run(command, settings, folder, resumed, ranks)
         if ranks:

@@ -1118,7 +1118,7 @@ def test_micro_batches_change_nothing(prior, changes):
         torch.testing.assert_close(result, results[0], rtol=2e-3, atol=1e-3)
 
 
-def test_micro_batch_bounds_each_call(prior):
+def test_micro_batch_bounds_each_question(prior):
     state, sizes = make_state(prior, method_of(), particles=5), ([], [])
     for unet, seen in zip((prior.network, state.phi.network), sizes):
         unet.register_forward_pre_hook(

@@ -434,6 +434,7 @@ def command(name, argv, log, moment):
     if moment:
         os.replace = dying
     cheaper(setattr)
+    torch.set_num_threads(1)
     sys.exit(importlib.import_module(name).main(argv))
 
 
@@ -586,7 +587,6 @@ def as_rank(number, size, port, name, argv, log, moment):
     """command() as one of several processes, as torchrun starts them."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     command(name, argv, log, moment)
 
 
@@ -631,7 +631,6 @@ SHARED = [("asd", *PICTURE, "--particles", "5", "--save-every", "1"),
 def test_the_number_of_processes_changes_no_bit(model, tmp_path, monkeypatch, flags):
     """Of θ, φ, their optimisers, the pictures; in the middle of the run it changes, too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     Image.effect_noise((16, 16), 99).convert("RGB").save("a.png")
     name, *flags = flags
     flags += ["--model", model, "--device", "cpu", "--settings", "tiny"]
@@ -656,7 +655,7 @@ def test_a_unit_may_be_several_pictures(model, tmp_path, monkeypatch):
     same_run("one", "two")
 
 
-def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatch):
+def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = [*PICTURE, "--particles", "2", "--model", model, "--steps", "400", "--save-every", "2",
              "--out", "run"]
@@ -669,14 +668,16 @@ def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatc
     said = Path("log0").read_text()
     assert ranks[0].exitcode == 2 and "Traceback" not in said and said.splitlines()[-1] == \
         "asd.py: another process has ended; go on with --resume run"
-    assert asd.main(["--resume", "run", "--steps", "1"]) == 2       # it has more: it can be read
+    assert asd.main(["--resume", "run", "--steps", "1"]) == 2 and \
+        "steps already" in capsys.readouterr().err                          # it can be read
 
 
 def test_what_cannot_be_shared_is_said_once(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((16, 16), 99).convert("RGB").save("a.png")
-    for (name, *flags), wanted in [(("editing", *EDIT), "one process alone"),
-                                   (("asd", *PICTURE), "1 pictures at a time"),
+    exact = ("variants", *PICTURE, "--method", "vsd", "--phi", "exact", "--particles", "2")
+    for (name, *flags), wanted in [(("editing", *EDIT), "one process alone"), (exact, "1 parts"),
+                                   (("asd", *PICTURE), "too many for 1 parts"),
                                    (("asd", *PICTURE, "--lam", "much"), "--help"),
                                    (("asd", *PICTURE, "--steps", "0"), "[1")]:
         codes, (first, second) = ranked(2, name, *flags, "--model", model, "--out", "run")
@@ -687,7 +688,7 @@ def test_what_cannot_be_shared_is_said_once(model, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- many prompts
 def test_prompts_of_a_file(cli, capsys):
     """A run for each line, of a name of its own; the same command again makes what is missing."""
-    prompts = ["a fox", "a fox!", "  a fox", "", "a picture of " + 9 * "very " + "red apple"]
+    prompts = ["a fox", "a-fox", "  a fox", "", "a picture of " + 3 * "very " + "red apples"]
     Path("prompts").write_text("\n".join(prompts))
     flags = ["--prompts-file", "prompts", "--out", "all", "--steps", "2"]
     call = lambda *more: asd.main([*flags, "--model", cli.model, "--device", "cpu", *more])
@@ -698,6 +699,7 @@ def test_prompts_of_a_file(cli, capsys):
              for folder in runs_of]
     assert sorted(asked) == sorted([prompts[i]] for i in (0, 1, 4))
     before = contents("all")
+    shutil.copytree("all", "before")
     assert call() == 0 and contents("all") == before and not capsys.readouterr().out
     for folder in runs_of[:2]:                              # one that was stopped, one with nothing
         config = json.loads((folder / "config.json").read_text())
@@ -706,9 +708,11 @@ def test_prompts_of_a_file(cli, capsys):
         (folder / "final.png").unlink()
     shutil.rmtree(runs_of[2])
     assert call() == 0 and len(capsys.readouterr().out.splitlines()) == 3
-    assert contents("all").keys() == before.keys()
-    changed = [name for name, value in contents("all").items() if value != before[name]]
-    assert not [name for name in changed if name.endswith((".png", "phi/*"))], changed
+    for folder in runs_of:
+        same_run(folder, "before" / folder.relative_to("all"))
+    assert call("--lam", "3") == 2                          # another run: finished or not
+    assert capsys.readouterr().err.count("keeps its settings: drop --lam") == 3
+    assert call("--steps", "3") == 0 and len(metrics(runs_of[0])) == 3            # more of it
 
 
 def test_a_prompt_that_another_process_has_is_left_to_it(cli, capsys):
@@ -733,6 +737,9 @@ def test_mistakes_about_a_file_of_prompts(cli, capsys):
         assert asd.main([*flags, *more]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert wanted in line and not Path("all").exists()
+    Path("empty").write_text(" \n")
+    assert asd.main(["--prompts-file", "empty", "--model", cli.model]) == 2
+    assert "empty holds no prompt" in capsys.readouterr().err
     Path("all/asd-a-fox-0").mkdir(parents=True)
     Path("all/asd-a-fox-0/mine").touch()
     assert asd.main(flags) == 2

@@ -12,7 +12,7 @@
 | φ          | ε_φ that Eq. 7 subtracts                           | UNet evaluations | arXiv      |
 |------------|----------------------------------------------------|------------------|------------|
 | CSD        | ε_y; later a negative prompt comes in              | 2, or 3          | 2310.19415 |
-| NFSD       | 0 for t < 200, ε_neg above                         | 2, or 3          | 2310.17590 |
+| NFSD       | 0 for t < 200, ε_neg above                         | 3                | 2310.17590 |
 | Bridge     | ε; then the source's ε, which also stands in for ∅ | 2, or 2N         | 2406.09417 |
 | Corrective | (x_t − α b_k(x0, t)) / σ                           | 2, and b_k       | 2401.05293 |
 | Exact      | (E[ε | x_t] + γ ε_y) / (1 + γ) over the particles  | 2                | ours       |
@@ -136,7 +136,6 @@ class NFSD(NoisePhi):
 
     Eq. 7's bracket is λ(ε_y − ε_∅) + δ_D with δ_D = ε_∅ for t < 200 of 1000, ε_∅ − ε_neg above.
     """
-    whole = True                          # of a part of the batch there may be no ε_neg
 
     def __init__(self, prior, prompts, negative=NFSD_NEGATIVE):
         super().__init__()
@@ -144,16 +143,12 @@ class NFSD(NoisePhi):
         self.negative = prior.encode_text([negative])
 
     def asks(self, step, x_t, t, y, null, lam):
-        noisy = (5 * t >= self.prior.steps).nonzero()                # only these are asked
-        negative = [(x_t[i], t[i], self.negative) for i in noisy]
-        return [*asd.guidance(step, x_t, t, y, null, lam), *negative]
+        return [*asd.guidance(step, x_t, t, y, null, lam), (x_t, t, self.negative.expand_as(y))]
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, *eps_neg):
+    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, eps_neg=None):
         # ε_φ = 0 for t < 200, ε_neg above
-        eps_phi = torch.zeros_like(eps)
-        if eps_neg:
-            eps_phi[5 * t >= self.prior.steps] = torch.cat(eps_neg)
-        return eps_phi
+        noisy = (5 * t >= self.prior.steps).view(-1, *[1] * (eps.dim() - 1))
+        return torch.where(noisy, eps_neg, 0.0)
 
 
 class Bridge(NoisePhi):
@@ -375,7 +370,7 @@ def train_corrective(args):
     prior = Prior.from_pretrained(args.model, runs.usable(args.device))
     # what was made with other weights, words or settings is never taken for this
     unet = corrective.fingerprint(*prior.network.parameters())
-    prompts = read_lines(args.prompts) if args.prompts else []
+    prompts = files.read_lines(args.prompts) if args.prompts else []
     DATA.mkdir(exist_ok=True)
 
     def sample(made, n):
@@ -432,13 +427,6 @@ def still_ours(path, shapes):
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not what was kept there: move it away ({error})") from error
     return path
-
-
-def read_lines(path):
-    lines = [line.strip() for line in files.read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{path} holds no prompt: one per line is needed")
-    return lines
 
 
 def corrective_main(argv):
