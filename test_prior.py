@@ -590,6 +590,26 @@ def test_a_run_of_every_family(family_folders, name, tmp_path, monkeypatch, caps
         Prior.from_pretrained(family_folders[name], "cpu", size=17)
 
 
+def test_every_method_makes_a_step_on_every_family(family):
+    """θ moves, φ learns where it can, the prior stays as it was, bit for bit."""
+    from variants import all_methods
+    prior, _ = family
+    weights = {f"{part}.{name}": weight for part, module in prior.pipe.components.items()
+               if isinstance(module, nn.Module) for name, weight in module.named_parameters()}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    for name, row in all_methods().items():
+        if name == "lmc":                                      # it needs a network of its own
+            continue
+        theta = Latents(prior, 2, rng(0))
+        start, row = theta.theta.detach().clone(), replace(row, steps=1)
+        state = asd.State(theta, asd.make_phi(row, prior, PROMPT), row, rng(1))
+        kept = {key: value.clone() for key, value in trainable(state.phi).items()}
+        asd.distill(prior, theta, prior.encode_text([PROMPT]), row, state=state)
+        assert theta.theta.isfinite().all() and not torch.equal(theta.theta, start), name
+        assert not kept or not same(trainable(state.phi), kept), name
+        assert same(weights, before), name
+
+
 @pytest.mark.parametrize("name, flags, expected", [
     ("asd", [], {"lr": 0.03, "phi_lr": 1e-4, "omega": "sigma2", "steps": 500, "t_late": 1.0,
                  "gamma": -1.0, "lam": 7.5}),
