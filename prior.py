@@ -345,15 +345,17 @@ class Latents(nn.Module):
         return self.prior.decode(self.theta)
 
 
-class Pixels(Latents):
+class Pixels(nn.Module):
     """θ is the picture; x0 is its encoding, so that gradients reach the pixels through the VAE."""
 
     def __init__(self, prior, particles=1, rng=None, images=None):
-        nn.Module.__init__(self)
+        super().__init__()
         self.prior = prior
         if images is None:
             images = 0.5 + 0.1 * torch.randn(particles, 3, *prior.image_size, generator=rng)
         self.theta = nn.Parameter(repeated(images.to(prior.device), particles))
+
+    batch = Latents.batch
 
     def parts(self, units):
         return [self.prior.encode_image(self.theta[rows]) for rows in units]
