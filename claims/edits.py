@@ -5,7 +5,7 @@ import torch
 
 import asd
 import editing
-from claims.pictures import LATE, SIDE, SMALL, OwnLoRA, features, minus, to_bytes
+from claims.pictures import LATE, SIDE, SMALL, OwnLoRA, features, keep_late, minus, to_bytes
 from claims.work import Claim, Job, mean_and_error
 from export import picture_measures, sheet
 from prior import ddim_samples
@@ -52,11 +52,7 @@ def edited(kind, row):
         method = replace(method, phi=OwnLoRA)
     sources, targets = edit_prompts(kind)
     before, unrelated = sampled(prior, sources, 0), sampled(prior, targets, 1)
-
-    def keep(state, terms):
-        if state.step in [round(part * method.steps) for part in LATE]:
-            late.append(to_bytes(state.generator.images()))
-    editing.edit(prior, before, sources, targets, method, callback=keep)
+    editing.edit(prior, before, sources, targets, method, callback=keep_late(late, method.steps))
     return {"before": to_bytes(before), "unrelated": to_bytes(unrelated),
             "late": torch.stack(late)}
 

@@ -69,6 +69,14 @@ def to_bytes(images):
     return (255 * images.detach().clamp(0, 1)).round().byte().cpu()
 
 
+def keep_late(late, steps):
+    """A callback of distill() that adds the generator's pictures at LATE of the steps to a list."""
+    def keep(state, terms):
+        if state.step in [round(part * steps) for part in LATE]:
+            late.append(to_bytes(state.generator.images()))
+    return keep
+
+
 def distilled(method, texts=TEXTS, start=None, words=None, seed=0, **changes):
     """Pictures of the texts, one each. -> {"late": uint8 [5, N, 3, H, W] at LATE of the steps}.
 
@@ -81,12 +89,9 @@ def distilled(method, texts=TEXTS, start=None, words=None, seed=0, **changes):
     rng, late = torch.Generator().manual_seed(seed), []
     latents = asd.Latents(prior, len(texts), rng, start)
     phi = asd.make_phi(row, prior, list(texts), seed, **words or {})
-
-    def keep(state, terms):
-        if state.step in [round(part * row.steps) for part in LATE]:
-            late.append(to_bytes(latents.images()))
     state = asd.State(latents, phi, row, rng)
-    asd.distill(prior, latents, prior.encode_text(texts), row, state=state, callback=keep)
+    asd.distill(prior, latents, prior.encode_text(texts), row, state=state,
+                callback=keep_late(late, row.steps))
     return {"late": torch.stack(late)}
 
 

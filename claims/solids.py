@@ -3,7 +3,7 @@ import torch
 
 import asd
 import text_to_3d
-from claims.pictures import LABELS, LATE, SIDE, SMALL, drift, minus, to_bytes
+from claims.pictures import LABELS, LATE, SIDE, SMALL, drift, keep_late, minus, to_bytes
 from claims.work import Claim, Job, mean_and_error
 from export import picture_measures, sheet
 from nerf import orbit, rays, render, solid_pictures
@@ -25,11 +25,8 @@ def solid(method, prompt, seed):
     settings = text_to_3d.DEFAULTS | vars(row) | {"prompt": prompt, "seed": seed,
                                                   "kernels": "torch"}
     state, cond = text_to_3d.build(settings, prior, row, rng, None, True)
-
-    def keep(state, terms):
-        if state.step in [round(part * row.steps) for part in LATE]:
-            snapshots.append(to_bytes(state.generator.images()))
-    asd.distill(prior, state.generator, cond, row, state=state, callback=keep)
+    asd.distill(prior, state.generator, cond, row, state=state,
+                callback=keep_late(snapshots, row.steps))
     with torch.no_grad():
         seen = render(state.generator.nerf, *rays(orbit(8), 40.0, 64), 64).rgb.movedim(-1, 1)
     scores = view_scores(state.generator.nerf, prompt)
