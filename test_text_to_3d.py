@@ -65,6 +65,26 @@ def test_scene_asks_each_view_for_its_own_prompt():
     assert x0.shape == (3, 3, 8, 8) and cond.shape == (3, 1, 1) and camera.shape == (3, 16)
 
 
+@pytest.mark.parametrize("changes", [{"sparsity": 3.0}, {"background": "learnt"},
+                                     {"background": "random", "opaque": 0.0}])
+def test_views_one_by_one_have_the_gradient_of_all(folders, changes):  # noqa: F811
+    """Eq. 7's, the regulariser's, and φ's, up to rounding."""
+    prior, found = asd.Prior.from_pretrained(folders["epsilon"], "cpu"), []
+    method = asd.Method(steps=1, t_min=0.5, t_max=0.5)
+    for size in (None, 2, 1):
+        scene = text_to_3d.Scene(prior, small(), "a mug", rng(4), 4, views=3, samples=8,
+                                 resolution=(4, 16), **changes)
+        phi = text_to_3d.LoRAPhi(prior, camera=16)
+        state = asd.State(scene, phi, method, scene.rng)
+        asd.distill(prior, scene, None, method, state=state, micro_batch=size)
+        found.append([p.grad for part in (scene, phi) for p in part.parameters()
+                      if p.grad is not None])
+    for grads in found[1:]:
+        for one, other in zip(grads, found[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3,
+                                       atol=1e-3 * other.abs().max().item() + 1e-9)
+
+
 def test_scene_ranges_of_one_value_and_others():
     s = make_scene(views=64, azimuth=(30, 30), elevation=(0, 0), overhead=0, fovy=(30, 50))
     c2w, fovy, _ = s.cameras()
