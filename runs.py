@@ -561,6 +561,7 @@ def many(command, given, file):
         def work(folder=folder, one=one):
             with held(folder) as mine:
                 config = folder / "config.json"
+                gc.collect()                                  # a model less, before the next one
                 if mine and not config.exists():
                     run(command, *read_settings(one | {"out": str(folder)}, command))
                 elif mine:
@@ -569,7 +570,6 @@ def many(command, given, file):
                     if "picture" not in about or about["settings"]["steps"] < resumed[0]["steps"]:
                         run(command, *resumed)
         worst = max(worst, guarded(command.name, work))
-        gc.collect()                                          # a model less, before the next one
         if worst == 130:
             break
     for folder in asked if worst and rank() is not None else ():      # torchrun would stop them

@@ -480,10 +480,9 @@ KEYS = ["model.diffusion_model.out.2.bias", "model.diffusion_model.label_emb.0.0
 
 
 @pytest.mark.parametrize("key, change, told", [
-    *((key, *case) for key in KEYS for case in (
-        (lambda named, key: named.pop(key), "lacks weights"),
-        (lambda named, key: named.update({key: named[key][:-1]}), "expected shape"),
-        (lambda named, key: named[key].view(-1)[:1].fill_(math.nan), "not finite"))),
+    *((key, lambda named, key: named.pop(key), "lacks weights") for key in KEYS),
+    (KEYS[3], lambda named, key: named.update({key: named[key][:-1]}), "expected shape"),
+    (KEYS[2], lambda named, key: named[key].view(-1)[:1].fill_(math.nan), "not finite"),
     (KEYS[0], lambda named, key: named.update({f"{key}_scale": torch.ones(1)}), "of a unet")])
 def test_a_single_file_of_other_weights_is_refused(single, key, change, told):
     _, file, config = single("sdxl")

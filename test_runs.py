@@ -273,16 +273,18 @@ def test_runs_of_one_name_stay_apart(cli, model):
     assert names == ["asd-a-red-apple-7", "asd-a-red-apple-7-2", "asd-a-red-apple-7-3"]
 
 
-def test_runs_that_start_together_have_a_folder_each(model, tmp_path):
+def test_runs_that_start_together_have_a_folder_each(model, tmp_path, monkeypatch):
     """Two processes of one name: two folders; with the same --out the second one is refused."""
+    monkeypatch.chdir(tmp_path)
     argv = ["--prompt", "a red apple", "--steps", "2", "--model", model]
     for extra, statuses in ([], [0, 0]), (["--out", "one"], [0, 2]):
-        processes = [subprocess.Popen([sys.executable, HERE / "asd.py", *map(str, argv), *extra],
-                                      cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                     for _ in range(2)]
+        processes = [SERVER.Process(target=command, args=("asd", [*argv, *extra], f"log{i}", None))
+                     for i in range(2)]
         for process in processes:
-            process.communicate()
-        assert sorted(process.returncode for process in processes) == statuses
+            process.start()
+        for process in processes:
+            process.join()
+        assert sorted(process.exitcode for process in processes) == statuses
     made = sorted(path.parent.name for path in tmp_path.glob("**/final.png"))
     assert made == ["asd-a-red-apple-0", "asd-a-red-apple-0-2", "one"]
 
@@ -420,9 +422,10 @@ def cheaper(patch):
     patch(text_to_3d, "write_all", lambda folder, *_: folder / "progress.png")
 
 
-def command(name, argv, log, moment):
+def command(name, argv, log, moment, threads=None):
     """A command line in a process of its own, its stderr in a file. moment = (n, part): killed
     where it is writing its n-th checkpoint, when this part of it is on the disk; or None."""
+    torch.set_num_threads(threads or torch.get_num_threads())
     sys.stdout = sys.stderr = open(log, "w")
     replace, checkpoints = os.replace, itertools.count(1)
 
@@ -434,7 +437,6 @@ def command(name, argv, log, moment):
     if moment:
         os.replace = dying
     cheaper(setattr)
-    torch.set_num_threads(1)
     sys.exit(importlib.import_module(name).main(argv))
 
 
@@ -587,7 +589,7 @@ def as_rank(number, size, port, name, argv, log, moment):
     """command() as one of several processes, as torchrun starts them."""
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command(name, argv, log, moment)
+    command(name, argv, log, moment, 1)
 
 
 def started(size, name, argv, moment=None):
@@ -610,7 +612,7 @@ def ranked(size, name, *argv, moment=None):
     if size:
         ranks = started(size, name, argv, moment)
     else:
-        ranks = [SERVER.Process(target=command, args=(name, argv, "log0", moment))]
+        ranks = [SERVER.Process(target=command, args=(name, argv, "log0", moment, 1))]
         ranks[0].start()
     for process in ranks:
         process.join(100)
