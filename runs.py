@@ -561,7 +561,8 @@ def many(command, given, file):
         def work(folder=folder, one=one):
             with held(folder) as mine:
                 config = folder / "config.json"
-                gc.collect()                                  # a model less, before the next one
+                if torch.cuda.is_available():
+                    gc.collect()                              # a model less, before the next one
                 if mine and not config.exists():
                     run(command, *read_settings(one | {"out": str(folder)}, command))
                 elif mine:
