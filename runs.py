@@ -561,8 +561,7 @@ def many(command, given, file):
         def work(folder=folder, one=one):
             with held(folder) as mine:
                 config = folder / "config.json"
-                if torch.cuda.is_available():
-                    gc.collect()                              # a model less, before the next one
+                gc.collect(2 * torch.cuda.is_available())     # a model less, before the next one
                 if mine and not config.exists():
                     run(command, *read_settings(one | {"out": str(folder)}, command))
                 elif mine:
