@@ -17,10 +17,10 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 | 4  WGAN with a penalty     | wgan_objective                                  | test_equation[…]  |
 | 5  the discriminator       | log_discriminator                               | test_equation[…]  |
 | 6  generator's loss, bound | generator_loss, generator_bound                 | test_eq6_…        |
-| 7  generator's gradient    | generator_grad; classifier_score                | test_eq7_…        |
+| 7  generator's gradient    | classifier_score, generator_grad                | test_eq7_…        |
 | 8  discriminator's loss    | discriminator_loss_density, gradient_penalty    | test_eq8_…        |
-| 9  in noise, a condition   | discriminator_loss, gamma_lower_bound           | test_eq9_…, …     |
-| 10 without real samples    | discriminator_loss_text; optimal_eps_phi (ours) | test_eq10_…, …    |
+| 9  in noise, a condition   | discriminator_loss, gamma_lower_bound           | test_eq9_…        |
+| 10 without real samples    | discriminator_loss_text; optimal_eps_phi (ours) | test_eq10_…       |
 
 Eq. 11, editing, is in editing.py. Checked against the paper's full main text; its supplement was
 not available. Where the paper leaves something open, the code says so.
@@ -231,8 +231,9 @@ OMEGAS = {
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd. At γ = −1 φ never settles: θ must be slow, or
-    colours run away. Only small t take away the noise that θ starts as: ω = 1, and t < T/2 late.
+    The defaults were chosen by looking, on tiny-sd; PAPER is for other models. Eq. 10 is affine at
+    γ = −1, φ never settles: θ must be slow, or colours run away. θ starts as noise, which only
+    small t take away; so they get weight, by ω = 1 and by t < T/2 in the second half.
     """
     phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7

@@ -77,6 +77,7 @@ def encode_folder(prior, path):
                           for part in read_folder(path, prior.image_size).split(16)])
 
 
+# ---------------------------------------------------------------------------- the folder of a run
 def claimed(folder, config):
     """Make a new or empty folder this run's, at once: config.json. -> whether it could be had."""
     if folder.is_dir() and any(folder.iterdir()):
@@ -88,6 +89,15 @@ def claimed(folder, config):
     except FileExistsError:
         return False
     return True
+
+
+def unclaim(folder):
+    """Leave nothing of a run that has not begun, neither its folder nor an empty outputs/."""
+    if [path.name for path in folder.iterdir()] == ["config.json"]:
+        (folder / "config.json").unlink()
+        for path in (folder, folder.parent):
+            if not any(path.iterdir()) and path.resolve() != Path.cwd():
+                path.rmdir()
 
 
 @contextmanager
@@ -106,15 +116,6 @@ def held(folder, wait=False):
         yield mine
     finally:
         os.close(lock)
-
-
-def unclaim(folder):
-    """Leave nothing of a run that has not begun, neither its folder nor an empty outputs/."""
-    if [path.name for path in folder.iterdir()] == ["config.json"]:
-        (folder / "config.json").unlink()
-        for path in (folder, folder.parent):
-            if not any(path.iterdir()) and path.resolve() != Path.cwd():
-                path.rmdir()
 
 
 # ---------------------------------------------------------------------------- the state of a run

@@ -195,8 +195,6 @@ class Ranks:
 def picture_flags(add):
     """The flags of a command that makes pictures of its prompts."""
     add("--prompt", action="append", metavar="TEXT", help="what to make; repeat for several")
-    add("--prompts-file", type=place, metavar="FILE", help="a run for each line, but for those "
-        "that are finished; several processes may share it")
     add("--particles", type=number(int, 1), help="pictures per prompt, one φ for all (default 1)")
     add("--init", type=place, metavar="PNG", help="start from this picture, not from noise")
     add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
@@ -259,6 +257,8 @@ def make_parser(command):
     p = Parser(prog=command.name, description=command.about)
     add, some, methods = p.add_argument, number(float), command.methods
     command.add_flags(add)
+    if "prompt" in command.defaults:
+        add("--prompts-file", type=place, metavar="FILE", help="a run for each unfinished line")
     add("--method", metavar="NAME", help=f"one of {', '.join(methods)} (default "
         f"{command.default or 'none'})")
     add("--phi", choices=[name for name in command.phis if name not in methods],

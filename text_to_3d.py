@@ -192,8 +192,6 @@ def add_flags(add):
     some = runs.number(float)
     variants.add_options(add)
     add("--prompt", metavar="TEXT", help="what to make")
-    add("--prompts-file", type=runs.place, metavar="FILE", help="a run for each line, but for "
-        "those that are finished; several processes may share it")
     add("--views", type=runs.number(int, 1), help="pictures per step (default 2)")
     add("--samples", type=runs.number(int, 2), help="along each ray (default 48)")
     add("--elevation", type=runs.number(float, -90, 90), nargs=2,
