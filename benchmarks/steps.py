@@ -6,7 +6,8 @@
 Everything is timed in turns in one process: rounds of a few steps of each row. A shape other than
 tiny-sd is the network of its public configuration with random values (time does not depend on
 them). Evaluations are rows that go through a network forwards, and backwards; peak: of the largest
-matrix product measured here in the same dtype. Writes benchmarks/steps-DEVICE.json.
+matrix product measured here in the same dtype. Writes benchmarks/steps-DEVICE.json, of other shapes
+steps-DEVICE-SHAPES.json.
 """
 import argparse
 import json
@@ -195,7 +196,8 @@ def main():
     given = parser.parse_args()
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     best = peak(device, dtype, 2048 if device.type == "cpu" else 8192)
-    file, rows = HERE / f"steps-{device.type}.json", []
+    shapes = [device.type, *(shape for shape in given.shapes if shape != "tiny-sd")]
+    file, rows = HERE / f"steps-{'-'.join(shapes)}.json", []
     for shape in given.shapes:
         prior = asd.Prior.from_pretrained(shape, device, dtype) if shape == "tiny-sd" \
             else Shape(shape, device, dtype)
