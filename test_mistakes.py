@@ -368,12 +368,16 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path, command, argv):
     assert status == 130 and "stopped" in err and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["asd", "variants", "editing", "text_to_3d", "nerf", "reproduce"])
-def test_help_on_an_odd_python(name):
+def test_help_on_an_odd_python():
     """Without docstrings, with warnings as errors, on a terminal without Greek letters."""
-    done = subprocess.run([sys.executable, "-OO", "-W", "error", HERE / f"{name}.py", "--help"],
-                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: ")
+    running = [subprocess.Popen(
+        [sys.executable, "-OO", "-W", "error", HERE / f"{name}.py", "--help"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"}) for name in (
+            "asd", "variants", "editing", "text_to_3d", "nerf", "reproduce")]
+    for one in running:
+        out, err = one.communicate()
+        assert (one.returncode, err) == (0, b"") and out.startswith(b"usage: "), one.args
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
