@@ -142,6 +142,8 @@ def run_cases(folder, names):
     from tiny import make
     _setup_privateuseone_for_python_backend("other")
     torch.__future__.set_overwrite_module_params_on_conversion(True)       # by module.to(…)
+    with Computed(), Made(), pytest.raises(RuntimeError, match="two devices"):      # it does refuse
+        torch.ones(2).to("other") + torch.ones(2)
     prior.usable = str                                         # a device is what it is called
     nerf.write_all = functools.partial(nerf.write_all, size=16, views=1, frames=1, cells=8)
     written = safetensors.torch._flatten_as_ptr                # it reads memory, which There lacks
