@@ -9,6 +9,10 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 
     ∇θ L'_G = E[ ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε_φ ) · ∂x0/∂θ ]                               (7)
 
+This file has five parts, in the paper's order: the equations; the methods, each a row of a table;
+`algorithm_1`, the paper's loop written out straight, to be read and copied; `distill`, the same
+loop made for work; and the command.
+
 | equation                   | function                                        | in test_asd.py    |
 | -------------------------- | ----------------------------------------------- | ----------------- |
 | 1  the diffusion loss      | sds_grad at λ = 1                               | test_sds_with_…   |
@@ -21,32 +25,41 @@ choice, the noise prediction ε_φ that stands for the fake samples:
 | 8  discriminator's loss    | discriminator_loss_density, gradient_penalty    | test_eq8_…        |
 | 9  in noise, a condition   | discriminator_loss, gamma_lower_bound           | test_eq9_…        |
 | 10 without real samples    | discriminator_loss_text; optimal_eps_phi (ours) | test_eq10_…       |
+| ours: φ that lags          | effective_guidance, learnt_share                | test_lag_…        |
 
-Eq. 11, editing, is in editing.py. Checked against the paper's full main text; its supplement was
-not available. Where the paper leaves something open, the code says so.
+Eq. 11, editing, is in editing.py. Checked against the paper's full main text. Its supplement was
+not available; Algorithm 1 is read from a figure of the project page. Where the paper leaves
+something open, the code says so.
 
 Notation: x_t = α_t x0 + σ_t ε; ε_∅, ε_y, ε_φ are noise predictions at the same x_t without prompt,
 with the prompt y, and of the fake-sample model φ. x^g are samples of the generator, x^r real ones.
 Shapes: x0, x_t, ε [B, C, H, W], latents; images are RGB in [0, 1]; t [B] long in 0 … T−1; α_t, σ_t
 [B, 1, 1, 1]; λ, γ, η floats (in Eqs. 2, 7, 9 and 10 also tensors, shaped like α_t).
-‖·‖² is a sum over all but the batch dimension, E the mean over the batch. Everything here needs
-torch alone, and the equations can be copied out one by one, with the three helpers above them.
+‖·‖² is a sum over all but the batch dimension, E the mean over the batch.
+
+Everything up to the command needs torch alone: the equations can be copied out one by one, with the
+three helpers above them, and so can this file, if it is given a prior and a φ.
 """
+import inspect
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
-try:
-    from phi import EmbeddingPhi, LoRAPhi, NoisePhi, make_phi
+if Path(__file__).with_name("phi.py").exists():     # not so where this file was copied out alone
+    from phi import EmbeddingPhi, LoRAPhi
     from prior import Latents, Pixels, Prior, UserError  # noqa: F401
-except ImportError:                # this file was copied out alone: bring a prior and a φ
-    EmbeddingPhi = LoRAPhi = NoisePhi = None
+else:
+    EmbeddingPhi = LoRAPhi = None
 
 
 # ------------------------------------------------------------------------ the paper's equations
@@ -85,7 +98,8 @@ def sds_grad(eps_uncond, eps_y, eps, lam, omega=1.0):
     """Eq. 3, Score Distillation Sampling (DreamFusion): Eq. 7 with the added noise ε as ε_φ.
 
     At λ = 1 it is the last line of Eq. 1, ω(t)(ε_y − ε): the gradient of the diffusion loss without
-    the network's Jacobian. With guidance it is the gradient of no such loss.
+    the network's Jacobian, and without the constant 2α_t, which the paper drops. With guidance it
+    is the gradient of no such loss.
     """
     # ω(t) · ( ε_∅ + λ(ε_y − ε_∅) − ε )
     return generator_grad(eps_uncond, eps_y, eps, lam, omega)
@@ -95,7 +109,8 @@ def wgan_objective(real_d, fake_d, grad_norm, tau, p=2):
     """Eq. 4: what a WGAN's critic maximises, and its generator minimises. -> scalar.
 
     real_d [N], fake_d [M]: the critic D at real and at fake samples; grad_norm [K]: ‖∇D(x̃)‖ at a
-    mixture of the two; τ ≥ 0.
+    mixture of the two; τ ≥ 0. Of the power ‖·‖^p the paper says "p-norm"; here it is the p-th power
+    of the Euclidean norm, which at p = 2 is Eq. 8's penalty.
     """
     # E[ D(x^r) ] − E[ D(x^g) ] − τ E[ ‖∇D(x̃)‖^p ]
     return real_d.mean() - fake_d.mean() - tau * (grad_norm ** p).mean()
@@ -131,7 +146,9 @@ def classifier_score(eps_uncond, eps_y, sigma_t):
 def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     """Eq. 7: the gradient of Eq. 6's bound with respect to x0, with ω(t) for the factor α_t/σ_t.
 
-    All [B, C, H, W]. Warns once where λ < 1: Eq. 6 is no upper bound of the generator's loss there.
+    All [B, C, H, W]. Both differences are scores: ε_y − ε_∅ = −σ_t ∇ log p(y|x_t), and for ε_φ of a
+    diffusion model ε_φ − ε_∅ ≈ −σ_t ∇ log p(φ|x_t), which the added noise ε is not.
+    Warns once where λ < 1: Eq. 6 is no upper bound of the generator's loss there.
     """
     if float(lam.min() if torch.is_tensor(lam) else lam) < 1:     # Python shows it once per place
         warnings.warn("λ < 1: Eq. 6's L'_G is no bound of the generator's loss", stacklevel=2)
@@ -162,9 +179,12 @@ def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-
     real samples, both with the noise eps. The first row is D(x^g) − D(x^r), with −log p(x0|·) as a
     denoising error (an ELBO step: a difference of two bounds, so itself no bound of Eq. 8); the
     second is the penalty, σ_t² gradient_penalty, at real samples with weight η, at fake ones with
-    weight γ. The paper advises η = ½ and γ ∈ [−1, 0). In ε_{x^r;φ} the curvature is η − 1: for
-    η < 1 the loss is concave there, with its *maximum* at (ε − η ε_y)/(1 − η), and has no minimum,
-    also at η = ½; what bounds φ is its low rank, its shared weights, the rate and the steps.
+    weight γ. The paper advises η = ½ and γ ∈ [−1, 0). Eq. 8's τ ≥ 0 times the shares of a mixture
+    of real and fake samples never gives a weight below 0: γ < 0 leaves Eq. 8, and the paper asks
+    instead that the sum of both terms be positive (gamma_lower_bound).
+    In ε_{x^r;φ} the curvature is η − 1: for η < 1 the loss is concave there, with its *maximum* at
+    (ε − η ε_y)/(1 − η), and has no minimum, also at η = ½; what bounds φ is its low rank, its
+    shared weights, the rate and the steps.
     """
     # ‖ε_{x^g;φ} − ε‖² − ‖ε_{x^r;φ} − ε‖² + η ‖ε_{x^r;y} − ε_{x^r;φ}‖² + γ ‖ε_{x^g;y} − ε_{x^g;φ}‖²
     eta, gamma = _per_sample(eta, eps), _per_sample(gamma, eps)
@@ -176,7 +196,8 @@ def discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, eta=0.5, gamma=-
 def gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, eta=0.5):
     """The condition under Eq. 9: the least γ for which its penalty is not negative. -> 0-d.
 
-    A ratio of means over the batch (the paper prints no E here), as the penalty is a mean. −inf
+    A ratio of means over the batch (the paper prints no E here), as the penalty is a mean. At η = ½
+    γ = −1 is allowed where ‖ε_y − ε_φ‖² is at least twice as large at real as at fake samples. −inf
     where φ and y agree on the fake samples: any γ will do. It is no condition of Eq. 10's bound.
     Raises ValueError for η < 0.
     """
@@ -192,9 +213,13 @@ def discriminator_loss_text(eps, fake_phi, fake_y, gamma=-1.0):
 
     All [B, C, H, W], without classifier-free guidance. At η = ½, Eq. 9 with the same γ, whatever it
     is, is at most this plus E‖ε_{x^r;y} − ε‖², which has no φ: between the losses, not between
-    their gradients, where the paper prints the «≤». γ = 0 is VSD's loss; −1 is the paper's 2D
-    setting, −0.5 its 3D one (the released configurations have −0.75). At γ = −1 the loss is
-    *affine* in ε_φ: nothing but the learning rate and the number of steps bounds φ.
+    their gradients, where the paper prints the «≤». Its two steps, at real samples: the triangle
+    ‖ε_y − ε_φ‖ ≤ ‖ε_y − ε‖ + ‖ε_φ − ε‖, and Cauchy–Schwarz (a + b)² ≤ 2a² + 2b², so that
+    ½‖ε_y − ε_φ‖² ≤ ‖ε_y − ε‖² + ‖ε_φ − ε‖², of which the last term is the critic's.
+    §5 reads γ so: 0 is VSD's loss; γ < 0 weakens the penalty and strengthens the discriminator;
+    γ ≫ 0 leaves the classifier term alone. −1 is the paper's 2D setting, −0.5 its 3D one (the
+    released configurations have −0.75). At γ = −1 the loss is *affine* in ε_φ: nothing but the
+    learning rate and the number of steps bounds φ.
     """
     # ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖²
     gamma = _per_sample(gamma, eps)
@@ -216,6 +241,32 @@ def optimal_eps_phi(eps, fake_y, gamma):
     return (eps + gamma * fake_y) / (1 + gamma)
 
 
+def effective_guidance(lam, gamma, kappa=1.0):
+    """The guidance λ' that Eq. 7 has in effect, where φ has learnt the share κ. Ours.
+
+    With ε_φ = ε_y + κ (ε − ε_y)/(1 + γ), Eq. 7's bracket is κ/(1 + γ) times that of SDS at λ' (of
+    VSD, with ε_g in place of ε). κ = 1 is λ_eff of optimal_eps_phi; a φ that lags, κ < 1, raises
+    the guidance, γ < 0 lowers it. ValueError for γ ≤ −1 or κ ≤ 0.
+    """
+    if gamma <= -1 or kappa <= 0:
+        raise ValueError(f"needs gamma > -1 and kappa > 0, not {gamma} and {kappa}")
+    # λ' = 1 + (1 + γ)(λ − 1)/κ
+    return 1 + (1 + gamma) * (lam - 1) / kappa
+
+
+def learnt_share(eps, fake_phi, fake_y, gamma):
+    """κ: how far φ has come from ε_y, where it starts, to the minimiser of Eq. 10. -> [B]. Ours.
+
+    All [B, C, H, W], at the same x_t. Exact for a lone particle, whose ε_g = E[ε | x_t] is ε;
+    for several an estimate. ValueError for γ ≤ −1, where there is no minimiser.
+    """
+    if gamma <= -1:
+        raise ValueError(f"Eq. 10 has no minimiser for gamma <= -1: {gamma}")
+    # κ = (1 + γ) ⟨ε_φ − ε_y, ε − ε_y⟩ / ‖ε − ε_y‖²
+    way = eps - fake_y
+    return (1 + gamma) * ((fake_phi - fake_y) * way).flatten(1).sum(1) / _norm2(way)
+
+
 # ω(t) of Eq. 7, by the name the command line uses
 OMEGAS = {
     "sigma2": lambda alpha_t, sigma_t: sigma_t ** 2,             # DreamFusion, the peers' default
@@ -223,37 +274,54 @@ OMEGAS = {
     "sigma/alpha": lambda alpha_t, sigma_t: sigma_t / alpha_t,   # ASD's Gaussian-splatting setting
     "sigma*alpha": lambda alpha_t, sigma_t: sigma_t * alpha_t,
     "1/alpha": lambda alpha_t, sigma_t: 1 / alpha_t,             # of flow models: RFDS's weight 1
+    "1+sigma/alpha": lambda alpha_t, sigma_t: 1 + sigma_t / alpha_t,    # the same, of any model
 }
 
 
-# --------------------------------------------------------------------------- methods and the loop
+# ------------------------------------------------------------------------------------ the methods
+class NoisePhi(nn.Module):
+    """SDS: ε_φ = ε, the added noise itself. Nothing to train, no network to evaluate."""
+
+    def __init__(self, prior=None, prompts=None):
+        super().__init__()
+
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
+        return eps
+
+    def save(self, folder):
+        """Keep nothing."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd; PAPER is for other models. Eq. 10 is affine at
-    γ = −1, φ never settles: θ must be slow, or colours run away. θ starts as noise, which only
-    small t take away; so they get weight, by ω = 1 and by t < T/2 in the second half.
+    The defaults were chosen by looking, on tiny-sd; PAPER has those for other models. Eq. 10 is
+    affine at γ = −1, so φ never settles, and with a large lr for θ colours run away. θ starts as
+    noise, which only small t remove. So small t get more weight than by the usual ω = σ², and
+    t < T/2 in the second half of the steps.
     """
     phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7
     gamma: float = -1.0           # γ of Eqs. 9 and 10; 0 is VSD
     eta: float = 0.5              # η of Eq. 9: where there are real samples
     omega: str = "1"              # ω(t), a name of OMEGAS
-    t_min: float = 0.02           # θ's t is uniform in [t_min T, t_max T]; φ's in 0 … T−1
+    t_min: float = 0.02           # θ's t is uniform in [t_min T, t_max T]
     t_max: float = 0.98
-    t_max_late: float = 0.5       # the same after t_late of the steps
+    t_max_late: float = 0.5       # t_max from step t_late · steps on
     t_late: float = 0.5
     lr: float = 0.01              # for θ
     lr_end: float = 1.0           # θ's rate falls along a cosine to this part of lr; 1: stays
     optimizer: str = "adam"       # of θ, a name of OPTIMIZERS
     phi_lr: float = 1e-3          # AdamW for φ, no weight decay
-    lam_phi: float = 1.0          # guidance inside φ
+    lam_phi: float = 1.0          # guidance inside φ, also in Eqs. 9, 10: a peer's, not the paper's
     steps: int = 350
     phi_steps: int = 1            # φ's updates per update of θ
-    phi_first: bool = False       # φ before θ ("lookahead"): overfits a single particle
     share_noise: bool = False     # Algorithm 1 as printed: θ and φ learn from the same t and ε
-    fixed_noise: bool = False     # θ sees one ε throughout, t is still drawn (LMC-SDS's trick)
+    fixed_noise: bool = False     # each sample keeps its first ε, only t is drawn (LMC-SDS's trick)
+    t_order: str = "random"       # "descending": t falls evenly from t_max T to t_min T (FlowEdit)
+    shift: float = 0.0            # of an edit: s of FlowEdit and DVRF, see editing.py
+    shift_grows: bool = False     # s grows from 0 to that
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -262,25 +330,177 @@ PAPER = ("§6: ProlificDreamer-2D's, by its README and program", {        # no r
     "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "phi_lr": 1e-4, "steps": 500})
 
 
-generated = lambda x0: x0             # what a Discriminator sees by default: the samples themselves
+def find_method(method):
+    """A row, or a name of METHODS -> the row. ValueError for another name."""
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or hand "
+                         "over a Method")
+    return METHODS[method]
+
+
+def make_phi(method, prior, prompts=None, seed=0, **options):
+    """method.phi(prior, prompts, …), with what it takes of the run: the seed, λ, γ, the steps.
+
+    prompts: one, or a list of all that the run can ask; None where φ needs none. options: the φ's
+    own; TypeError for one that it lacks.
+    """
+    run = {"seed": seed, "lam": method.lam, "gamma": method.gamma, "steps": method.steps}
+    accepted = inspect.signature(method.phi).parameters
+    return method.phi(prior, prompts, **{key: run[key] for key in run if key in accepted} | options)
+
+
+# ------------------------------------------------------ what algorithm_1 and distill have in common
+class DiffusionModel(Protocol):
+    """All that the loop asks of a prior. prior.py's Prior is one; any object like this will do."""
+    steps: int                                                       # T
+
+    def alpha_sigma(self, t): ...        # t [B] -> α_t, σ_t [B, 1, 1, 1]
+    def eps(self, x_t, t, cond): ...     # ε(x_t; y, t), like x_t
+    def encode_text(self, prompts): ...  # B strings -> cond [B, L, C]; "" is the null prompt ∅
+
+
+def draw_noise(rng, x0, lowest, highest):
+    """t [B] uniform in lowest … highest, and ε like x0, drawn on the CPU from a torch.Generator."""
+    t = torch.randint(lowest, highest + 1, (len(x0),), generator=rng, device="cpu")
+    eps = torch.randn(x0.shape, generator=rng, dtype=torch.float32, device="cpu")
+    return t.to(x0.device), eps.to(x0)
+
+
+def range_of_t(method, step, T):
+    """The least and the largest t for θ at this step, both included."""
+    late = step >= method.t_late * method.steps
+    t_max = min(method.t_max, method.t_max_late) if late else method.t_max
+    return min(round(method.t_min * T), T - 1), min(round(t_max * T), T - 1)
+
+
+def rate_factor(method, step):
+    """The part of θ's learning rate that is left at this step: 1, falling to lr_end."""
+    fall = (1 + math.cos(math.pi * step / method.steps)) / 2
+    return method.lr_end + (1 - method.lr_end) * fall
+
+
+def descending_t(method, step, T):
+    """t at a step of a run whose noise falls evenly: after t_max T noising steps, …, t_min T.
+
+    t counts from 0, so t = −1 is no noise at all; it is where a run with t_min = 0 ends.
+    """
+    return round(T * (method.t_max - (method.t_max - method.t_min) * step / method.steps)) - 1
+
+
+def flow_time(prior, t):
+    """τ = σ/(α + σ) at t: x_t/(α + σ) = (1 − τ) x0 + τ ε, so any prior is a flow model in τ."""
+    if t < 0:
+        return 0.0
+    alpha_t, sigma_t = prior.alpha_sigma(torch.tensor([t]))
+    return (sigma_t / (alpha_t + sigma_t)).item()
+
+
+def phi_optimizer(parameters, method):
+    """AdamW without weight decay, for φ; None where φ has nothing to train."""
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        return None
+    # fused: one kernel for a LoRA's hundred small tensors, a fifth of the time
+    return torch.optim.AdamW(parameters, method.phi_lr, weight_decay=0.0, fused=True)
+
+
+# ------------------------------------------------------------------------------------ Algorithm 1
+@torch.inference_mode(False)     # gradients, also where the caller is in no_grad or inference_mode
+def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=None):
+    """The paper's Algorithm 1, straight, for sds, vsd, asd; as printed with share_noise=True.
+
+    prior: a DiffusionModel. generator() -> x0 [B, C, H, W], θ are its parameters. cond [1 or B, L,
+    C]: y. phi(x_t, t, cond, ε) -> ε_φ. method: a Method. rng: a torch.Generator on the CPU. real:
+    x0 [N, C, H, W] of real samples, for Eq. 9. callback(step, loss_D), after each step.
+
+    `distill` does the same, in every bit where the composition of a batch makes none. Only there:
+    the second discriminator of Eq. 11, cameras, generators with rates or regularisers of their
+    own, micro-batches, processes, and the rows' lam_phi, fixed_noise, t_order and shift.
+    """
+    theta_opt = OPTIMIZERS[method.optimizer](generator.parameters(), method.lr)
+    phi_opt = phi_optimizer(phi.parameters(), method)
+    null = prior.encode_text([""])
+    for step in range(method.steps):
+        # x0 = g(θ);  x_t = α_t x0 + σ_t ε
+        x0 = generator()
+        fake = x0.detach().clone()                  # φ learns from x0 as it is before θ's step
+        y, uncond = cond.expand(len(x0), -1, -1), null.expand(len(x0), -1, -1)
+        t, eps = draw_noise(rng, x0, *range_of_t(method, step, prior.steps))
+        x_t = add_noise(fake, eps, *prior.alpha_sigma(t))
+        # ε_∅ and ε_y of the frozen model, ε_φ of φ, all at the same x_t
+        with torch.no_grad():
+            eps_uncond, eps_y = prior.eps(x_t, t, uncond), prior.eps(x_t, t, y)
+        eps_phi = phi(x_t, t, y, eps)
+        # θ: Eq. 7, sent through x0 by ⟨stop(grad), x0⟩ / B, whose derivative by x0 is grad / B
+        omega = OMEGAS[method.omega](*prior.alpha_sigma(t))
+        grad = generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
+        theta_opt.zero_grad()
+        ((grad * x0).sum() / len(x0)).backward()
+        theta_opt.param_groups[0]["lr"] = method.lr * rate_factor(method, step)
+        theta_opt.step()
+        # φ: Eq. 10, or Eq. 9, by default at a t and ε of its own, from the whole range
+        loss_D = torch.zeros(())
+        for update in range(method.phi_steps if phi_opt else 0):
+            if not method.share_noise:
+                t, eps = draw_noise(rng, x0, 0, prior.steps - 1)
+                x_t = add_noise(fake, eps, *prior.alpha_sigma(t))
+                with torch.no_grad():
+                    eps_y = prior.eps(x_t, t, y)
+            if real is None:
+                if update or not method.share_noise:
+                    eps_phi = phi(x_t, t, y, eps)
+                loss_D = discriminator_loss_text(eps, eps_phi, eps_y, method.gamma)
+            else:
+                rows = torch.randint(len(real), (len(x0),), generator=rng, device="cpu")
+                real_t = add_noise(real[rows].to(x0), eps, *prior.alpha_sigma(t))
+                with torch.no_grad():
+                    real_y = prior.eps(real_t, t, y)
+                both = torch.cat([x_t, real_t])     # φ at x_t^g and at x_t^r, in one call
+                both = phi(both, t.repeat(2), y.repeat(2, 1, 1), eps.repeat(2, 1, 1, 1))
+                loss_D = discriminator_loss(eps, both[:len(x0)], eps_y, both[len(x0):], real_y,
+                                            method.eta, method.gamma)
+            phi_opt.zero_grad()
+            loss_D.backward()
+            phi_opt.step()
+        if callback:
+            callback(step, loss_D.item())
+
+
+# --------------------------------------------------------------- distill: Algorithm 1 made for work
+class Samples(NamedTuple):
+    """What a generator returns where x0 alone does not say enough."""
+    x0: torch.Tensor                            # [B, C, H, W]
+    cond: torch.Tensor | None = None            # y of each sample [B, L, C]; in 3D with the view
+    camera: torch.Tensor | None = None          # [B, 16], for φ
+    source: torch.Tensor | None = None          # x0 of the source pictures of an edit (Eq. 11)
+    source_cond: torch.Tensor | None = None     # z of each sample [B, L, C]
+
+
+class Draw(NamedTuple):
+    """What is random where a discriminator looks at B noised samples."""
+    t: torch.Tensor                             # [B]
+    eps: torch.Tensor                           # [B, C, H, W]
+    camera: torch.Tensor | None = None          # [B, 16]; where φ learns, one in ten is hidden
+    real: torch.Tensor | None = None            # x0 of the real samples drawn for Eq. 9
 
 
 @dataclass
 class Discriminator:
-    """D(x_t; y) of Eq. 5: what it asks for, what it is shown, and what its φ learns from.
+    """D(x_t; y) of Eq. 5: the prompt, its φ, and which pictures it is shown.
 
-    cond        y [1 or B, L, C]; gamma, eta: of Eqs. 9 and 10.
-    fake, real  x0 of x^g and x^r in Eq. 9; real None: there are none, Eq. 10.
-    seen        x0 at which the generator's gradient is taken (editing shows D(x_t; z) the source).
-    Each of these three is a tensor [1 or B, C, H, W], or a function of the generator's samples x0.
+    at, fake and real say which: "generated" are the generator's samples, "source" the source
+    pictures of an edit, "real" the run's real samples, some drawn for each update of φ.
     """
     phi: nn.Module
-    cond: torch.Tensor
-    gamma: float = -1.0
+    cond: torch.Tensor              # y [1 or B, L, C]
+    gamma: float = -1.0             # of Eqs. 9 and 10
     eta: float = 0.5
-    fake: torch.Tensor | Callable = generated
-    real: torch.Tensor | Callable | None = None
-    seen: torch.Tensor | Callable = generated
+    lam: float | None = None        # λ of its half of Eq. 11; None: the method's
+    at: str = "generated"           # what is noised for Eq. 7
+    fake: str = "generated"         # x^g, from which φ learns
+    real: str | None = None         # x^r of Eq. 9; None: there are none, Eq. 10
 
 
 class State:
@@ -294,272 +514,386 @@ class State:
         self.generator, self.phi, self.rng, self.step = generator, phi, rng, 0
         self.second, self.real = second, real
         self.eps = None               # that of the first step, where the method keeps it fixed
-        phis = [phi] if second is None else [phi, second.phi]
-        phi_parameters = [p for module in phis for p in module.parameters() if p.requires_grad]
-        groups = getattr(generator, "parameter_groups", None)         # rates of its own, in 3D
-        theta = groups(method.lr) if groups else generator.parameters()
+        theta = generator.parameters()
+        if hasattr(generator, "parameter_groups"):                    # with rates of their own
+            theta = generator.parameter_groups(method.lr)
         self.opt_theta = OPTIMIZERS[method.optimizer](theta, method.lr)
         self.rates = [group["lr"] for group in self.opt_theta.param_groups]
-        self.opt_phi = torch.optim.AdamW(phi_parameters, method.phi_lr, weight_decay=0.0,
-                                         fused=True) if phi_parameters else None
+        phis = [phi] if second is None else [phi, second.phi]
+        # one optimiser for both φ, used for one at a time: what has no gradient makes no step
+        self.opt_phi = phi_optimizer([p for module in phis for p in module.parameters()], method)
 
 
-def draw(rng, x0, lowest, highest):
-    """t [B] uniform in lowest … highest, and ε like x0, from one generator on the CPU."""
-    t = torch.randint(lowest, highest + 1, (len(x0),), generator=rng)
-    return t.to(x0.device), torch.randn(x0.shape, generator=rng, dtype=torch.float32).to(x0.device)
+class Step(NamedTuple):
+    """What all discriminators and micro-batches of a step have in common."""
+    prior: DiffusionModel
+    method: Method
+    number: int
+    null: torch.Tensor                          # ∅ [1, L, C]
+    n: int                                      # samples, of all processes together
 
 
-class Share:
-    """This process's part of a step's n samples, in units of `size` (None: all are one), each of
-    which is one call of a network. ranks: of several processes, at most as many as there are units,
-    see runs.Ranks."""
+class Branch:
+    """A discriminator at a micro-batch of a step. It is used in this order: questions(), for the
+    prior; gradient(), with the answers; phi_loss(i), for each update of φ.
 
-    def __init__(self, n, size=None, ranks=None):
-        units = torch.arange(n).split(size or (1 if ranks else n))
-        self.n, self.count, self.ranks = n, len(units), ranks
-        self.units = units[ranks.rank::ranks.size] if ranks else units
-        self.rows = torch.cat(self.units)
-        self.sizes = [len(unit) for unit in self.units] if self.count > 1 else None
+    phi_draws: the Draws of φ's updates. part: which of the samples are in the micro-batch.
+    """
 
-    def draw(self, rng, x0, lowest, highest):
-        """draw() for all n samples, here or elsewhere."""
-        return draw(rng, x0[:1].expand(self.n, *x0.shape[1:]), lowest, highest)
+    def __init__(self, step, discriminator, samples, draw, phi_draws, part):
+        method, self.step, self.discriminator = step.method, step, discriminator
+        self.phi, self.samples, self.draw = discriminator.phi, take(samples, part), take(draw, part)
+        self.phi_draws = [take(phi_draw, part) for phi_draw in phi_draws]
+        self.lam = method.lam if discriminator.lam is None else discriminator.lam
+        self.y = discriminator.cond.expand(len(samples.x0), -1, -1)[part]
+        self.null = step.null.expand_as(self.y)
+        if method.shift and discriminator.at == "generated":
+            # FlowEdit, DVRF: the edit's noise is ε + s(x0 − x0_src), also as its ε_φ: Eq. 11 is
+            # then ε_y − ε_z − s(x0 − x0_src)
+            s = method.shift * (step.number / method.steps if method.shift_grows else 1)
+            moved = self.samples.x0 - self.samples.source
+            self.draw = self.draw._replace(eps=self.draw.eps + s * moved)
+        self.x_t = self.noised(discriminator.at, self.draw)
+        # θ and φ look at the same x_t, if t and ε, the pictures and the noise are the same …
+        self.shares_x_t = (method.share_noise and discriminator.fake == discriminator.at
+                           and not method.shift)
+        # … then ε_y serves both; and so does ε_φ, unless
+        self.shares_eps_phi = (
+            self.shares_x_t and len(phi_draws) > 0      # φ does not learn,
+            and samples.camera is None                  # it learns with some cameras hidden,
+            and discriminator.real is None              # Eq. 9 asks it at both kinds in one call,
+            and len(part) == len(samples.x0))           # or all micro-batches would keep a graph
+        self.predictions = None                         # of φ's last update, if that was Eq. 9
 
-    def backward(self, losses, optimizer):
-        """The gradients of all units' losses, summed. losses: (loss, a number to tell) of each unit
-        that is here, made one by one. -> all numbers."""
-        optimizer.zero_grad()
-        if self.ranks:
-            return self.ranks.backward(losses, optimizer, self.count)
-        told = []
-        for loss, number in losses:
-            loss.backward()
-            told.append(number.item())
-        return told
+    def noised(self, which, draw):
+        """x_t of the pictures that the Discriminator names."""
+        x0 = {"generated": self.samples.x0, "source": self.samples.source, "real": draw.real}
+        return add_noise(x0[which], draw.eps, *self.step.prior.alpha_sigma(draw.t))
+
+    def questions(self):
+        """What the prior is asked at these samples: {name: (x_t, t, cond)}."""
+        d, prompts = self.discriminator, {"uncond": self.null, "y": self.y}
+        if self.lam == 1:                               # ε_∅ cancels in Eq. 2
+            del prompts["uncond"]
+        if hasattr(self.phi, "prompts"):                # such as a negative prompt
+            prompts |= self.phi.prompts(self.step.number, self.y, self.null)
+        self.prompt = prompts["y"]
+        questions = {name: (self.x_t, self.draw.t, cond) for name, cond in prompts.items()}
+        # ε_y of Eqs. 9 and 10, without guidance; not where its weight is 0
+        for i, phi_draw in enumerate(self.phi_draws):
+            if d.gamma != 0 and not self.shares_x_t:
+                questions[f"fake_y {i}"] = (self.noised(d.fake, phi_draw), phi_draw.t, self.y)
+            if d.eta != 0 and d.real is not None:
+                questions[f"real_y {i}"] = (self.noised(d.real, phi_draw), phi_draw.t, self.y)
+        return questions
+
+    def gradient(self, answers):
+        """Eq. 7 of these samples, from the prior's answers {name: ε}."""
+        self.answers = answers
+        t, eps, eps_y = self.draw.t, self.draw.eps, answers["y"]
+        with torch.set_grad_enabled(self.shares_eps_phi):
+            self.eps_phi = self.predict_phi(self.x_t, t, self.prompt, eps, self.draw.camera,
+                                            answers)
+        omega = OMEGAS[self.step.method.omega](*self.step.prior.alpha_sigma(t))
+        eps_uncond = answers.get("uncond", eps_y)       # at λ = 1 any will do
+        return generator_grad(eps_uncond, eps_y, self.eps_phi.detach(), self.lam, omega)
+
+    def predict_phi(self, x_t, t, cond, eps, camera, answers=None):
+        """ε_φ, with guidance λ_φ inside φ (1: none)."""
+        lam_phi = self.step.method.lam_phi
+        eps_phi = self.phi(x_t, t, cond, eps, camera, answers)
+        if lam_phi == 1:
+            return eps_phi
+        null = self.null[:1].expand_as(cond)
+        return cfg_noise(self.phi(x_t, t, null, eps, camera, answers), eps_phi, lam_phi)
+
+    def phi_loss(self, i):
+        """Eq. 10, or 9, of φ's update number i, at these samples."""
+        d, y, phi_draw = self.discriminator, self.y, self.phi_draws[i]
+        t, eps, camera, _ = phi_draw
+        if d.real is None:
+            fake_phi = self.eps_phi
+            if i > 0 or not self.shares_eps_phi:
+                fake_phi = self.predict_phi(self.noised(d.fake, phi_draw), t, y, eps, camera)
+            return discriminator_loss_text(eps, fake_phi, self.fake_y(i, fake_phi), d.gamma)
+        x_t = torch.cat([self.noised(d.fake, phi_draw), self.noised(d.real, phi_draw)])
+        camera = None if camera is None else camera.repeat(2, 1)
+        fake_phi, real_phi = self.predict_phi(
+            x_t, t.repeat(2), y.repeat(2, 1, 1), eps.repeat(2, 1, 1, 1), camera).chunk(2)
+        fake_y = self.fake_y(i, fake_phi)
+        real_y = self.answers.get(f"real_y {i}", real_phi.detach())
+        self.predictions = fake_phi.detach(), fake_y, real_phi.detach(), real_y
+        return discriminator_loss(eps, fake_phi, fake_y, real_phi, real_y, d.eta, d.gamma)
+
+    def fake_y(self, i, fake_phi):
+        """ε_y at x_t^g of update i; at γ = 0 it was not asked for, and φ's own stands in for it."""
+        if self.discriminator.gamma == 0:
+            return fake_phi.detach()
+        return self.answers["y" if self.shares_x_t else f"fake_y {i}"]
 
 
-def in_units(generator, size, ranks):
-    """A step's samples: [(x0, y, camera, regulariser)], each with a graph of its own, the Share."""
-    apart = hasattr(generator, "parts") and Share(generator.batch, size, ranks)
-    outs = generator.parts(apart.units) if apart and apart.count > 1 else [generator()]
-    outs = [(*(out if isinstance(out, tuple) else (out, None, None)),
-             generator.regulariser() if hasattr(generator, "regulariser") else 0) for out in outs]
-    return outs, apart or Share(len(outs[0][0]), size)
+def phi_metrics(branches):
+    """Numbers of a φ for the log: its learnt share, at θ's noise; the bound under Eq. 9.
+
+    branches: those of its micro-batches, in this process.
+    """
+    numbers, d = {}, branches[0].discriminator
+    if branches[0].phi_draws and d.gamma > -1:
+        shares = [learnt_share(branch.draw.eps, branch.eps_phi.detach(), branch.answers["y"],
+                               d.gamma) for branch in branches]
+        numbers["kappa"] = torch.cat(shares).mean().item()
+    if branches[0].predictions is not None:
+        predictions = zip(*(branch.predictions for branch in branches))
+        bound = gamma_lower_bound(*(torch.cat(parts) for parts in predictions), d.eta).item()
+        if math.isfinite(bound):
+            numbers["gamma_bound"] = bound
+        if d.gamma < bound:
+            warnings.warn("γ is below the bound under Eq. 9 (gamma_bound in metrics.jsonl): "
+                          "the penalty is negative", stacklevel=2)
+    return numbers
 
 
-def guidance(step, x_t, t, y, null, lam):
-    """What Eq. 2 asks: ε_∅, unless λ = 1 cancels it, and ε_y. A φ may have `asks` of its own."""
-    return [None if lam == 1 else (x_t, t, null.expand_as(y)), (x_t, t, y)]
+def take(record, rows):
+    """The same rows of all tensors of Samples or a Draw."""
+    return type(record)(*(None if tensor is None else tensor[rows] for tensor in record))
 
 
 @torch.no_grad()
-def ask(prior, questions, sizes=None):
-    """A list of (x_t, t, cond), each [B, …], or None -> their ε's, or None: one batched call, or
-    one for each unit, of so many of the samples."""
-    asked = [question for question in questions if question is not None]
-    units = zip(*(zip(*(x.split(sizes or len(x)) for x in question)) for question in asked))
-    said = [prior.eps(*(torch.cat(each) for each in zip(*unit))).split([len(t) for _, t, _ in unit])
-            for unit in units]
-    said = iter([torch.cat(parts) for parts in zip(*said)])
-    return [None if question is None else next(said) for question in questions]
+def ask(prior, questions, micro_batch=None):
+    """Ask the prior, in one batched call, what several branches want to know.
 
-
-def predict_phi(phi, x_t, t, y, null, eps, camera=None, lam_phi=1.0, sizes=None, said=()):
-    """ε_φ, with guidance λ_φ inside φ (1: none); φ may use what the prior has said at x_t."""
-    def of(cond):
-        parts = [(x_t, t, cond, eps, camera, *said)]
-        if sizes and not getattr(phi, "whole", False):
-            parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in parts[0]))
-        return torch.cat([phi(*part) for part in parts])
-    return of(y) if lam_phi == 1 else cfg_noise(of(null.expand_as(y)), of(y), lam_phi)
-
-
-@dataclass
-class Update:
-    """One update of φ: where it looks, x_t^g and x_t^r of one t and ε, and what the prior says."""
-    t: torch.Tensor
-    eps: torch.Tensor
-    camera: torch.Tensor | None
-    fake_t: torch.Tensor
-    real_t: torch.Tensor | None = None    # None: Eq. 10
-    fake_y: torch.Tensor | None = None    # None: γ = 0
-    real_y: torch.Tensor | None = None    # None: η = 0
-
-
-def discriminator_step(state, method, d, u, null, share=None, eps_phi=None):
-    """Step 4 of the loop: one Update u of d's φ, with a graph of one unit at a time. -> loss_D.
-
-    eps_phi: φ at x_t^g, with its graph, where the generator's step has computed it.
+    questions: for each branch {name: (x_t, t, cond)}, all [B, …]. -> for each branch {name: ε}.
+    micro_batch: at most that many samples a question in a call (a φ that compares all samples, see
+    one_step, brings more).
     """
-    y, share = d.cond.expand(len(u.t), -1, -1), share or Share(len(u.t))
-
-    def losses():
-        for part in torch.arange(len(y), device=y.device).split(share.sizes or len(y)):
-            eps, said = u.eps[part], [eps_phi]
-            if eps_phi is None:                     # φ once, at x_t^g and x_t^r
-                seen = [x_t[part] for x_t in (u.fake_t, u.real_t) if x_t is not None]
-                t, cond, noise, camera = (None if v is None else torch.cat([v[part]] * len(seen))
-                                          for v in (u.t, y, u.eps, u.camera))
-                said = predict_phi(d.phi, torch.cat(seen), t, cond, null, noise, camera,
-                                   method.lam_phi).chunk(len(seen))
-            # a prediction of the prior that has no weight is not asked for: φ's own stands for it
-            of_y = [phi.detach() if v is None else v[part]
-                    for phi, v in zip(said, (u.fake_y, u.real_y))]
-            if u.real_t is None:
-                loss = discriminator_loss_text(eps, said[0], of_y[0], d.gamma)            # Eq. 10
-            else:
-                loss = discriminator_loss(eps, said[0], of_y[0], said[1], of_y[1], d.eta, d.gamma)
-            loss = loss * len(part) / share.n
-            check_finite(loss, "discriminator's loss", state.step)
-            yield loss, loss.detach()
-    told = share.backward(losses(), state.opt_phi)
-    check_gradients(state.opt_phi, "discriminator's gradient", state.step)
-    state.opt_phi.step()
-    return sum(told)
+    flat = [question for named in questions for question in named.values()]
+    x_t = torch.cat([x_t for x_t, _, _ in flat])
+    t = torch.cat([t for _, t, _ in flat])
+    cond = torch.cat([cond for _, _, cond in flat])
+    size = len(t) if micro_batch is None else micro_batch * len(flat)
+    chunks = zip(x_t.split(size), t.split(size), cond.split(size))
+    predictions = torch.cat([prior.eps(*chunk) for chunk in chunks]).chunk(len(flat))
+    answers, first = [], 0
+    for named in questions:
+        answers.append(dict(zip(named, predictions[first:])))
+        first += len(named)
+    return answers
 
 
-def check_gradients(optimizer, name, step):
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in parameters if p.grad is not None]
-    check_finite(torch.nn.utils.get_total_norm(grads), name, step)
+def sum_over_processes(tensor):
+    """A tensor, summed over the processes that torchrun or accelerate has started, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def check_finite(tensor, name, step):
+def sum_gradients(optimizer, name, step, alpha_t):
+    """Sum all gradients over the processes, so that all make the same step; check the sums."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
+                 if p.grad is not None]
+    if dist.is_initialized():
+        vector_to_parameters(sum_over_processes(parameters_to_vector(gradients)), gradients)
+    check_finite(get_total_norm(gradients), name, step, alpha_t)
+
+
+def check_finite(tensor, name, step, alpha_t):
     """A non-finite value ends the run; hidden as zero, it would end as a black picture."""
     if not torch.isfinite(tensor).all():
-        raise FloatingPointError(f"the {name} is not finite at step {step}: try a smaller --lr or "
-                                 "--phi-lr, or --dtype float32")
+        advice = "try a smaller --lr or --phi-lr, or --dtype float32"
+        if (alpha_t == 0).any():
+            advice = "α_t = 0 at one of its t, which ω or the prior divides by: end t before it"
+        raise FloatingPointError(f"the {name} is not finite at step {step.number}: {advice}")
 
 
-def judge(prior, state, method, d, x0, null, noise, camera, share):
-    """One step of the loop for the discriminator d: a Python generator, as two may work together.
+def make_samples(generator, cond):
+    """-> this process's Samples, with their prompts; their numbers; how many all processes have.
 
-    x0 [B, C, H, W] detached, noise = (t, ε). It yields its questions to the prior and is sent the
-    answers (see ask); then it yields the gradient of Eq. 7, like x0; then, φ updated, loss_D.
+    ValueError where the generator's x0 and cond do not fit.
     """
-    t, eps = noise
-
-    def noised(given, t, eps):
-        given = given(x0) if callable(given) else given
-        return add_noise(given.expand_as(x0), eps, *prior.alpha_sigma(t))
-    x_t, y = noised(d.seen, t, eps), d.cond.expand(len(x0), -1, -1)
-    questions = getattr(d.phi, "asks", guidance)(state.step, x_t, t, y, null, method.lam)
-    told, for_theta = questions[1][2], len(questions)
-    # what φ will learn from, at a draw of its own or at this one: then x_t^g may be x_t itself
-    trains = any(p.requires_grad for p in d.phi.parameters())
-    again, updates = method.share_noise and d.fake is d.seen, []
-    for _ in range(method.phi_steps if trains else 0):
-        t_phi, eps_phi = noise if method.share_noise else (
-            v[share.rows] for v in share.draw(state.rng, x0, 0, prior.steps - 1))
-        seen_from = None if camera is None else camera * (     # one view in ten without its camera
-            torch.rand(share.n, 1, generator=state.rng)[share.rows] > 0.1).to(camera)
-        u = Update(t_phi, eps_phi, seen_from, x_t if again else noised(d.fake, t_phi, eps_phi),
-                   None if d.real is None else noised(d.real, t_phi, eps_phi))
-        updates.append(u)
-        questions += [None if d.gamma == 0 or again else (u.fake_t, t_phi, y),    # no guidance
-                      None if d.eta == 0 or d.real is None else (u.real_t, t_phi, y)]
-
-    answers = yield questions
-    eps_uncond, eps_y, *more = answers[:for_theta]
-    eps_uncond = eps_y if eps_uncond is None else eps_uncond         # λ = 1: it cancels
-    for u, fake_y, u.real_y in zip(updates, answers[for_theta::2], answers[for_theta + 1::2]):
-        u.fake_y = eps_y if again and d.gamma != 0 else fake_y
-
-    def learn(eps_phi=None):
-        losses = [discriminator_step(state, method, d, u, null, share,
-                                     eps_phi if i == 0 else None) for i, u in enumerate(updates)]
-        return losses[-1] if losses else 0.0
-    if method.phi_first:
-        loss_D = learn()
-    # ε_φ: with its graph where φ's update uses it again
-    keep = trains and again and not method.phi_first and d.real is None and camera is None \
-        and share.count == 1
-    with torch.set_grad_enabled(keep):
-        eps_phi = predict_phi(d.phi, x_t, t, told, null, eps, camera, method.lam_phi, share.sizes,
-                              (eps_uncond, eps_y, *more))
-    omega = OMEGAS[method.omega](*prior.alpha_sigma(t))
-    yield generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
-    yield loss_D if method.phi_first else learn(eps_phi if keep else None)
+    if not dist.is_initialized():
+        out = generator()
+        n = len(out[0] if isinstance(out, tuple) else out)
+        rows = torch.arange(n, device="cpu")
+    elif hasattr(generator, "batch"):
+        n, processes = generator.batch, dist.get_world_size()
+        if n < processes:
+            raise ValueError(f"{processes} processes are too many for {n} samples")
+        rows = torch.arange(n, device="cpu")[dist.get_rank()::processes]
+        out = generator(rows)
+    else:
+        raise ValueError("several processes need a generator with `batch` and forward(rows)")
+    samples = Samples(*out) if isinstance(out, tuple) else Samples(out)
+    if samples.x0.dim() != 4:
+        raise ValueError(f"a generator's x0 is [B, C, H, W], not {list(samples.x0.shape)}")
+    if samples.cond is None:
+        if len(cond) not in (1, n):
+            raise ValueError(f"{len(cond)} prompts for {n} samples: give one, or one for each")
+        samples = samples._replace(cond=cond.expand(n, -1, -1)[rows])
+    return samples, rows, n
 
 
-@torch.inference_mode(False)              # gradients, whatever the caller has switched off
+def draw_step(state, step, samples, rows, discriminators):
+    """All that is random in a step, drawn in a fixed order, for the samples of all processes.
+
+    -> the Draw of Eq. 7, and for each discriminator the Draws of φ's updates. By default φ has t
+    and ε of its own, as in every released code, with t from the whole 0 … T−1 (prolific_dreamer2d,
+    threestudio); with share_noise it has θ's, which is faster and, by §7, a little worse.
+    """
+    method, rng, n, T = step.method, state.rng, step.n, step.prior.steps
+    all_x0 = samples.x0[:1].expand(n, *samples.x0.shape[1:])       # for shape, type and device
+    t, eps = draw_noise(rng, all_x0, *range_of_t(method, step.number, T))
+    if method.t_order == "descending":
+        t = torch.full_like(t, max(0, descending_t(method, step.number, T)))
+    if method.fixed_noise:
+        eps = state.eps = eps if state.eps is None else state.eps.to(eps)
+    theta_draw = Draw(t[rows], eps[rows], samples.camera)
+    all_phi_draws = []
+    for discriminator in discriminators:
+        phi_draws = []
+        trains = any(p.requires_grad for p in discriminator.phi.parameters())
+        for _ in range(method.phi_steps if trains else 0):
+            phi_draw = theta_draw
+            if not method.share_noise:
+                t, eps = draw_noise(rng, all_x0, 0, T - 1)
+                phi_draw = Draw(t[rows], eps[rows])
+            if samples.camera is not None:   # so that φ also learns without (ProlificDreamer: 0.1)
+                shown = torch.rand(n, 1, generator=rng, device="cpu")[rows] > 0.1
+                phi_draw = phi_draw._replace(camera=samples.camera * shown.to(samples.camera))
+            if discriminator.real == "real":
+                chosen = torch.randint(len(state.real), (n,), generator=rng, device="cpu")[rows]
+                phi_draw = phi_draw._replace(real=state.real[chosen].to(samples.x0))
+            phi_draws.append(phi_draw)
+        all_phi_draws.append(phi_draws)
+    return theta_draw, all_phi_draws
+
+
+def one_step(prior, state, cond, method, null, micro_batch=None):
+    """Algorithm 1, once. -> {name: number} for the metrics."""
+    # x0 = g(θ), and all that is random
+    samples, rows, n = make_samples(state.generator, cond)
+    step = Step(prior, method, state.step, null, n)
+    real = None if state.real is None else "real"
+    discriminators = [Discriminator(state.phi, samples.cond, method.gamma, method.eta, real=real)]
+    if state.second is not None:
+        z = state.second.cond if samples.source_cond is None else samples.source_cond
+        discriminators.append(replace(state.second, cond=z))
+    draw, all_phi_draws = draw_step(state, step, samples, rows, discriminators)
+    # ε_∅, ε_y, ε_φ and Eq. 7, by micro-batches; the prior is asked once for all that one needs
+    before = samples._replace(x0=samples.x0.detach().clone())      # φ learns from x0 as it is now
+    size = micro_batch or len(rows)
+    if getattr(state.phi, "whole", False):              # such a φ compares all samples
+        size = len(rows)
+    grads, target_branches, source_branches = [], [], []
+    for part in torch.arange(len(rows), device="cpu").split(size):
+        branches = [Branch(step, discriminator, before, draw, phi_draws, part)
+                    for discriminator, phi_draws in zip(discriminators, all_phi_draws)]
+        answers = ask(prior, [branch.questions() for branch in branches], micro_batch)
+        grad = branches[0].gradient(answers[0])
+        target_branches.append(branches[0])
+        if state.second is not None:                    # Eq. 11
+            grad = grad - branches[1].gradient(answers[1])
+            source_branches.append(branches[1])
+        grads.append(grad)
+    grad = torch.cat(grads)
+    update_theta(state, step, samples.x0, grad, prior.alpha_sigma(draw.t)[0])
+    # φ: Eq. 10, or 9
+    loss_D = update_phi(state, step, target_branches)
+    if state.second is not None:
+        loss_D += update_phi(state, step, source_branches)
+    grad_norm = sum_over_processes(_norm2(grad).sum()).sqrt().item()
+    return {"grad_norm": grad_norm, "loss_D": loss_D} | phi_metrics(target_branches)
+
+
+def update_theta(state, step, x0, grad, alpha_t):
+    """Send Eq. 7 through x0 by the surrogate ⟨stop(grad), x0⟩ / n, and make a step of θ."""
+    check_finite(grad, "generator's gradient", step, alpha_t)
+    loss = (grad * x0).sum() / step.n
+    if hasattr(state.generator, "regulariser"):
+        loss = loss + state.generator.regulariser() * (len(x0) / step.n)
+    state.opt_theta.zero_grad()
+    loss.backward()
+    sum_gradients(state.opt_theta, "generator's gradient", step, alpha_t)
+    factor, method = rate_factor(step.method, step.number), step.method
+    if method.t_order == "descending":
+        # with SGD at lr n and ω = 1 + σ/α, a step of θ is a step in the flow's time, as a sampler's
+        now = descending_t(method, step.number, step.prior.steps)
+        after = descending_t(method, step.number + 1, step.prior.steps)
+        factor = flow_time(step.prior, now) - flow_time(step.prior, after)
+    for group, rate in zip(state.opt_theta.param_groups, state.rates, strict=True):
+        group["lr"] = rate * factor
+    state.opt_theta.step()
+
+
+def update_phi(state, step, branches):
+    """All updates of a φ in a step. branches: of its micro-batches. -> the last loss_D."""
+    total = torch.zeros((), device=branches[0].y.device)
+    for i in range(len(branches[0].phi_draws)):
+        losses = []
+        state.opt_phi.zero_grad()
+        for branch in branches:
+            alpha_t = step.prior.alpha_sigma(branch.phi_draws[i].t)[0]
+            loss = branch.phi_loss(i) * (len(branch.y) / step.n)
+            check_finite(loss, "discriminator's loss", step, alpha_t)
+            loss.backward()
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum()
+        sum_gradients(state.opt_phi, "discriminator's gradient", step, alpha_t)
+        state.opt_phi.step()
+    return sum_over_processes(total).item()
+
+
+@torch.inference_mode(False)     # gradients, also where the caller is in no_grad or inference_mode
 def distill(prior, generator, cond, method="asd", phi=None, second=None, state=None, seed=0,
-            micro_batch=None, callback=None, real=None, ranks=None):
-    """The loop: optimise the generator's θ until its samples look to the prior like the prompt.
+            micro_batch=None, callback=None, real=None):
+    """The loop at work: optimise θ until the generator's samples look to the prior like the prompt.
 
-    prior       a Prior.
-    generator   an nn.Module; generator() -> x0 [B, C, H, W], or (x0, cond, camera) where what is
-                asked for depends on the view (3D): cond [B, L, C], camera [B, 16] for φ.
-                generator.regulariser() -> a scalar, of the last samples, that is added to its loss.
-                generator.parts([rows, …]) -> the same for these of its `batch` samples, one by one.
-                (Both only if it can.)
-    cond        [1 or B, L, C] from prior.encode_text.
+    prior       a DiffusionModel, such as prior.Prior.
+    generator   an nn.Module; generator() -> x0 [B, C, H, W], or Samples. And only if it has them:
+                regulariser() -> a scalar, of the last samples, that is added to its loss;
+                parameter_groups(lr), as an optimiser takes them; `batch` and generator(rows), for
+                the numbers of some of its samples, if several processes are to share them.
+    cond        [1 or B, L, C] from prior.encode_text: y of all samples, or of each.
     method      a Method, or a name in METHODS.
     phi         default: method.phi's, where that needs no prompt (an embedding does).
-    second      a Discriminator to subtract (Eq. 11, editing.py); it sees the same t and ε.
-    state       to go on with, of the same generator and method, with its own phi, second and real.
-    micro_batch samples at a time; below B, φ with shared noise is evaluated once more.
-    ranks       several processes that share the samples (no second), with one State: runs.Ranks.
-    callback    callback(state, {"loss_G": ‖∇L'_G‖, "loss_D": …, "seconds": …}) after each step.
-    real        x0 [N, C, H, W] of real samples, for the image-conditioned case: φ learns by Eq. 9,
-                each time from B of them, drawn anew. Default: there are none, Eq. 10.
+                phi(x_t, t, cond, eps, camera, answers) -> ε_φ. answers, for Eq. 7: {"uncond": ε_∅
+                (not at λ = 1), "y": ε_y}, and what phi.prompts(step, y, null) -> {name: cond} adds
+                or replaces (φ then does not learn); phi.whole: it needs all samples at once.
+    second      a Discriminator to subtract (Eq. 11, editing.py), at the same t and ε.
+    state       to go on with, of the same generator and method; it has phi, second, real and rng.
+    micro_batch samples a question in a call of the prior, and of φ; gradients are accumulated.
+    callback    callback(state, {"grad_norm": ‖Eq. 7‖ of all samples, "loss_D": the sum of both
+                discriminators', "seconds", "kappa": where γ > −1, before φ's update, and
+                "gamma_bound": with real; these two of this process's samples}) after each step.
+    real        x0 [N, C, H, W] of real samples: φ learns by Eq. 9, each time from B of them, drawn
+                anew. Default: there are none, Eq. 10.
 
-    Returns the State. UNet evaluations per particle and step, the prior's in one batched call: SDS
-    2; with shared noise 3 + 1 backward (4 + 1 with a camera); with fresh noise VSD 4 + 1, ASD
-    5 + 1; real samples add 1 + 1, and 1 for η ≠ 0. FloatingPointError if something is not finite.
+    Where torch.distributed is initialised, its processes share the samples; all end in the same
+    State, which is returned. UNet evaluations per particle and step, the prior's in one batched
+    call: SDS 2; VSD 4 + 1 backward, ASD 5 + 1; both with shared noise 3 + 1 (with a camera or
+    micro-batches 4 + 1). With real samples VSD 6 + 2 and ASD 7 + 2; shared noise saves ASD one.
+    Raises ValueError for what does not fit together, FloatingPointError if something is not finite.
     """
-    method = METHODS[method] if isinstance(method, str) else method
+    method = find_method(method)
+    if not torch.is_tensor(cond) or cond.dim() != 3:
+        raise ValueError("cond is prompt embeddings [1 or B, L, C], from prior.encode_text([…])")
     if state is None:
         phi = phi or make_phi(method, prior, seed=seed)
-        state = State(generator, phi, method, torch.Generator().manual_seed(seed), second, real)
+        rng = torch.Generator().manual_seed(seed)
+        state = State(generator, phi, method, rng, second, real)
     if state.generator is not generator:
         raise ValueError("the state belongs to another generator")
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several and getattr(state.phi, "whole", False):
+        raise ValueError("a φ that compares all samples needs them all in one process")
     null = prior.encode_text([""])
     while state.step < method.steps:
         began = time.perf_counter()
-        # 1. x0 = g(θ);  x_t = α_t x0 + σ_t ε
-        parts, mine = in_units(generator, micro_batch, ranks)
-        x0, y, camera = (None if part[0] is None else torch.cat(part).detach()
-                         for part in list(zip(*parts))[:3])           # a copy: θ's step is in place
-        y = y if y is not None else cond[mine.rows] if len(cond) > 1 else cond
-        late = state.step >= method.t_late * method.steps
-        highest = min(method.t_max, method.t_max_late) if late else method.t_max
-        t, eps = mine.draw(state.rng, x0, *(
-            min(round(f * prior.steps), prior.steps - 1) for f in (method.t_min, highest)))
-        if method.fixed_noise:
-            state.eps = eps = eps if state.eps is None else state.eps.to(eps)
-        noise = t[mine.rows], eps[mine.rows]
-        # 2. ε_∅, ε_y, ε_φ, and Eq. 7's bracket; Eq. 11 subtracts a second one. All draws of the
-        # step come first, so that the prior is asked once for what θ and φ need of it
-        first = Discriminator(state.phi, y, method.gamma, method.eta)
-        if state.real is not None:
-            first.real = lambda x0, mine=mine: state.real.to(x0)[
-                torch.randint(len(state.real), (mine.n,), generator=state.rng)[mine.rows]]
-        judges = [judge(prior, state, method, d, x0, null, noise, camera, mine)
-                  for d in (first, state.second) if d is not None]
-        questions = [next(one) for one in judges]
-        answers = iter(ask(prior, sum(questions, []), mine.sizes))
-        grad, *minus = (one.send([next(answers) for _ in asked])
-                        for one, asked in zip(judges, questions))
-        grad = grad - minus[0] if minus else grad
-        # 3. θ: Eq. 7, sent through x0 by the surrogate ⟨stop(grad), x0⟩ / B
-        check_finite(grad, "generator's gradient", state.step)
-        said = mine.backward((
-            ((part * x).sum() / mine.n + more * len(x) / mine.n, part.norm())
-            for part, (x, _, _, more) in zip(grad.split([len(part[0]) for part in parts]), parts)),
-            state.opt_theta)
-        check_gradients(state.opt_theta, "generator's gradient", state.step)
-        fall = (1 + math.cos(math.pi * state.step / method.steps)) / 2
-        for group, rate in zip(state.opt_theta.param_groups, state.rates, strict=True):
-            group["lr"] = rate * (method.lr_end + (1 - method.lr_end) * fall)
-        state.opt_theta.step()
-        # 4. φ: Eq. 10 (or 9), with its own draw or this one
-        loss_D = sum(next(one) for one in judges)
+        # losses are float32, and the prior has its own dtype, whatever the caller's autocast says
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            terms = one_step(prior, state, cond, method, null, micro_batch)
         state.step += 1
         if callback:
-            callback(state, {"loss_G": math.hypot(*said), "loss_D": loss_D,
-                             "seconds": time.perf_counter() - began})
+            callback(state, terms | {"seconds": time.perf_counter() - began})
     return state
 
 
@@ -568,29 +902,32 @@ PHIS = {"noise": NoisePhi, "lora": LoRAPhi, "embedding": EmbeddingPhi}         #
 CHOICES = {"omega": OMEGAS, "optimizer": OPTIMIZERS}
 
 
-def build(settings, prior, method, rng, folder, anew):
+def build(settings, prior, method, rng, folder, new):
     """A picture for every prompt and particle, from noise or --init, and φ. -> (State, y)"""
-    import files
-    import runs
-    y = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
+    from cli.files import encode_folder, read_image
+    from cli.settings import phi_options
+    y = prior.encode_text(settings.prompt).repeat_interleave(settings.particles, 0)
     init = real = None                            # of a resumed run the checkpoint has them
-    if settings["init"] and anew:
-        init = files.read_image(settings["init"], prior.image_size)
-    theta = (Pixels if settings["pixels"] else Latents)(prior, len(y), rng, init)
-    phi = method.phi(prior, settings["prompt"], **runs.told(settings, method.phi))
-    if settings["real"] and anew:
-        if len(settings["prompt"]) > 1 or not any(p.requires_grad for p in phi.parameters()):
+    if settings.init and new:
+        init = read_image(settings.init, prior.image_size)
+    kind = Pixels if settings.pixels else Latents
+    generator = kind(prior, len(y), rng, init)
+    phi = method.phi(prior, settings.prompt, **phi_options(settings, method.phi))
+    if settings.real and new:
+        if len(settings.prompt) > 1 or not any(p.requires_grad for p in phi.parameters()):
             raise ValueError("--real is for one --prompt, and a φ that learns from its pictures")
-        real = files.encode_folder(prior, settings["real"])
-    return State(theta, phi, method, rng, real=real), y
+        real = encode_folder(prior, settings.real)
+    return State(generator, phi, method, rng, real=real), y
 
 
 def main(argv=None):
-    """`python asd.py --prompt …`: runs.py does the rest."""
-    import runs
-    return runs.main(runs.Command(
+    """`python asd.py --prompt …`: the rest is in cli/. -> exit status."""
+    from cli import run
+    from cli.settings import PictureSettings
+    return run.main(run.Command(
         "asd.py", "Pictures that look, to a frozen diffusion model, like the prompt (ASD).",
-        METHODS, PHIS, CHOICES, build, distill, paper=PAPER), argv)
+        PictureSettings, METHODS, PHIS, CHOICES, build, distill, paper_source=PAPER[0],
+        paper=PAPER[1]), argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""What the tests share: hypothesis's profile, and random mixtures of tiny/exact.py."""
+"""What the tests share: one thread, hypothesis's profile, random mixtures of tiny/exact.py."""
 import math
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"       # pytest-xdist starts a process for each core
 
 import pytest
 import torch
@@ -8,9 +11,19 @@ from hypothesis import strategies as st
 
 from tiny.exact import GaussianMixture, particle_eps, randn  # noqa: F401
 
+torch.set_num_threads(1)
 settings.register_profile("asd", max_examples=25, deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("asd")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Timings run with --benchmark-only -n 0 alone: beside other tests they would measure those."""
+    if config.getoption("benchmark_only", False):
+        return
+    for item in items:
+        if "benchmark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.skip(reason="a timing: --benchmark-only"))
 
 
 def cosine(t):

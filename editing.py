@@ -60,17 +60,25 @@ class Edit(asd.Method):
     distillation that starts at the image.
     """
     phi_z: str = "eq9"
+    lam_source: float | None = None     # λ of the second discriminator; None: lam
 
 
 # plain SGD, as in the DDS notebook: where the two discriminators agree little is left, and Adam
 # would make full steps of it
 SETTING = {"optimizer": "sgd", "lr": 0.03, "steps": 60, "omega": "sigma2", "t_late": 1.0,
            "t_max_late": 0.98}
+# FlowEdit and DVRF: t falls from a part of T to 0, a step of θ is a step in t, and ω makes Eq. 11 a
+# difference of velocities
+SAMPLER = {"phi": asd.NoisePhi, "optimizer": "sgd", "lr": 1.0, "omega": "1+sigma/alpha",
+           "t_order": "descending", "t_min": 0.0, "t_max": 0.66, "steps": 33, "lam": 7.5,
+           "lam_source": 1.5}
 METHODS = {
     "asd": Edit(**SETTING),
     # Delta Denoising Score: t in 50 … 948 of 1000; ω = 1, lr smaller by the mean of σ², 0.63
     "dds": Edit(**SETTING | {"lr": 0.02, "omega": "1"}, phi=asd.NoisePhi, t_min=0.05, t_max=0.948),
     "sds": Edit(**SETTING, phi=asd.NoisePhi, phi_z="none"),
+    "flowedit": Edit(**SAMPLER, shift=1.0),
+    "dvrf": Edit(**SAMPLER, shift=1.0, shift_grows=True),
 }
 # of --network: weights, no picture; late t, as for pictures made from noise, washes blotches out
 NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_late": 0.5}
@@ -88,22 +96,22 @@ def methods(network=False):
     return {name: replace(row, **NETWORK) for name, row in rows.items()} if network else rows
 
 
-def second_discriminator(method, phi_z, z, source):
-    """D(x_t; z) of Eq. 11, which the loop subtracts. -> Discriminator, None where there is none.
+def second_discriminator(method, phi_z, z):
+    """D(x_t; z) of Eq. 11, which the loop subtracts: it is shown the source pictures.
 
-    z [1 or B, L, C] the source prompt; source: x0 [1 or B, C, H, W] of the source image, or a
-    function of the generator's samples that returns the ones they belong to.
+    z [1 or B, L, C]: the source prompt. -> a Discriminator; None where the method has none.
     """
-    paper, edit = {"eta": 0.0, "gamma": 1.0}, asd.generated
-    learns = {"eq9": {"fake": edit, "real": source} | paper,
-              "swapped": {"fake": source, "real": edit} | paper,
-              "both": {"fake": source, "real": source} | paper,
-              "eq10": {"gamma": method.gamma}}
+    paper = {"eta": 0.0, "gamma": 1.0}
+    learns_from = {"eq9": {"fake": "generated", "real": "source"} | paper,
+                   "swapped": {"fake": "source", "real": "generated"} | paper,
+                   "both": {"fake": "source", "real": "source"} | paper,
+                   "eq10": {"gamma": method.gamma}}
     if method.phi_z == "none":
         return None
-    if method.phi_z not in learns:
-        raise ValueError(f"unknown phi_z {method.phi_z!r}: choose {', '.join(learns)} or none")
-    return asd.Discriminator(phi_z, z, seen=source, **learns[method.phi_z])
+    if method.phi_z not in learns_from:
+        raise ValueError(f"unknown phi_z {method.phi_z!r}: choose {', '.join(learns_from)} or none")
+    return asd.Discriminator(phi_z, z, at="source", lam=method.lam_source,
+                             **learns_from[method.phi_z])
 
 
 # ------------------------------------------------------------------------------------- a picture
@@ -128,7 +136,8 @@ class Edited(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self):
-        return torch.where(self.inside > 0, self.inner(), self.source)
+        x0 = torch.where(self.inside > 0, self.inner(), self.source)
+        return asd.Samples(x0, source=self.source)
 
     @torch.no_grad()
     def images(self):
@@ -151,7 +160,7 @@ def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callb
     rng = torch.Generator().manual_seed(seed)
     generator = Edited(prior, images, mask)
     phi, phi_z = (asd.make_phi(method, prior, prompts, seed) for prompts in (targets, sources))
-    second = second_discriminator(method, phi_z, prior.encode_text(sources), generator.source)
+    second = second_discriminator(method, phi_z, prior.encode_text(sources))
     state = asd.State(generator, phi, method, rng, second)
     asd.distill(prior, generator, prior.encode_text(targets), state=state, method=method,
                 callback=callback)
@@ -168,8 +177,7 @@ class Translator(nn.Module):
 
     sources [N, C, H, W] are the latents it learns on, `batch` of them drawn for each sample; the
     first ones are shown. Source i is asked for by prompt i mod P of y and z [P, L, C]. At the start
-    it is the identity. forward() leaves its sources in `source` and their prompts in `cond_z`
-    [batch, L, C], in place, as the second discriminator holds that tensor.
+    it is the identity.
     """
 
     def __init__(self, prior, sources, y, z, batch=8, rng=None, seed=0):
@@ -177,8 +185,8 @@ class Translator(nn.Module):
         from diffusers import UNet2DModel
 
         from phi import untrained
-        self.prior, self.sources, self.y, self.z, self.rng = prior, sources, y, z, rng
-        self.cond_z = z[:1].repeat(batch, 1, 1)
+        self.prior, self.sources, self.y, self.z = prior, sources, y, z
+        self.n, self.rng = batch, rng
         channels, height, _ = prior.shape
         self.net = untrained(lambda: UNet2DModel(
             sample_size=height, in_channels=channels, out_channels=channels,
@@ -190,12 +198,12 @@ class Translator(nn.Module):
         self.net.to(prior.device)
 
     def forward(self):
-        """-> x0 [batch, C, H, W], its target prompts [batch, L, C], no camera."""
-        chosen = torch.randint(len(self.sources), (len(self.cond_z),), generator=self.rng)
+        """-> Samples of `batch` sources, drawn anew, and of their prompts."""
+        chosen = torch.randint(len(self.sources), (self.n,), generator=self.rng, device="cpu")
         chosen = chosen.to(self.sources.device)
-        self.source, thing = self.sources[chosen], chosen % len(self.y)
-        self.cond_z.copy_(self.z[thing])
-        return translated(self.net, self.source), self.y[thing], None
+        source, thing = self.sources[chosen], chosen % len(self.y)
+        return asd.Samples(translated(self.net, source), self.y[thing], source=source,
+                           source_cond=self.z[thing])
 
     @torch.no_grad()
     def images(self):
@@ -216,7 +224,7 @@ def load_network(folder, device):
     """What a run of --network has left in `folder` -> (prior, net)."""
     from diffusers import UNet2DModel
 
-    import files
+    from cli import files
     from prior import Prior, usable
     network = Path(folder) / "network"
     try:
@@ -247,68 +255,67 @@ def in_one_pass(prior, net, pictures):
 
 
 # ----------------------------------------------------------------------------------- command line
-DEFAULTS = {"image": None, "source": None, "target": None, "pixels": False, "mask": None,
-            "network": False, "things": None, "batch": 8, "pictures": 64}
-
-
-def add_flags(add):
-    import variants
-    from runs import number, place
-    add("--image", type=place, metavar="PNG", help="the picture to edit; with --network "
-        "a folder of them")
-    add("--source", metavar="TEXT", help="z: what the picture is")
-    add("--target", metavar="TEXT", help="y: what it should become")
-    add("--mask", type=place, metavar="PNG", help="white where it may change, not where it is "
-        "black or transparent; as large as the picture")
-    add("--pixels", action="store_const", const=True, help="optimise RGB through the VAE's encoder")
-    add("--phi-z", choices=["eq9", "swapped", "both", "eq10", "none"], help="how φ_z learns: by "
-        "Eq. 9, the edit fake and the source real (default), swapped, or the source both; by "
-        "Eq. 10 on the edit; or no second discriminator")
-    add("--network", action="store_const", const=True, help="train a network that translates any "
-        "such picture; without --image it learns on the model's own samples of --source")
-    add("--things", metavar="TEXT,…", help="--network: what {} in both prompts stands for")
-    add("--batch", type=number(int, 1), help="pictures per step of --network (default 8)")
-    add("--pictures", type=number(int, 1), help="samples to make for --network (default 64)")
-    add("--apply", metavar="DIR", help="translate --image by the network that was trained in DIR")
-    variants.add_options(add)
+def implied(given):
+    """The settings that are not the paper's, whatever the model: of --network, of FlowEdit."""
+    if given.get("network"):
+        return NETWORK
+    if given.get("method") in ("flowedit", "dvrf"):
+        return {name: value for name, value in SAMPLER.items() if name != "phi"}
+    return {}
 
 
 def check(settings):
-    """What can be said before anything is loaded."""
+    """UserError for what does not fit together, before anything is loaded."""
     for name in ("source", "target"):
-        if not (settings[name] or "").strip():
+        if not (getattr(settings, name) or "").strip():
             raise asd.UserError(f"give a --{name} prompt that is not empty")
-    if settings["image"] is None and not settings["network"]:
+    if settings.image is None and not settings.network:
         raise asd.UserError("give the --image to edit")
-    if settings["network"] and (settings["mask"] or settings["pixels"]):
+    if settings.network and (settings.mask or settings.pixels):
         raise asd.UserError("--network takes neither --mask nor --pixels")
-    if settings["things"] is None:
+    if settings.things is None:
         return
-    if not settings["network"] or settings["image"]:
+    if not settings.network or settings.image:
         raise asd.UserError("--things is for --network on samples, without --image")
-    if not all(thing.strip() for thing in settings["things"].split(",")):
+    if not all(thing.strip() for thing in settings.things.split(",")):
         raise asd.UserError('give --things that are not empty, such as "a fox, a cat"')
-    if not all("{}" in settings[name] for name in ("source", "target")):
+    if "{}" not in settings.source or "{}" not in settings.target:
         raise asd.UserError("--things stand in place of {}: write it in --source and --target")
 
 
+def target_prompts(settings):
+    """y, of each of the --things: a list of P texts."""
+    return with_things(settings.target, settings.things)
+
+
+def source_prompts(settings):
+    """z, of each of the --things: a list of P texts."""
+    return with_things(settings.source, settings.things)
+
+
+def with_things(prompt, things):
+    """The prompt with each of some things, with commas between them, in place of {}."""
+    if things is None:
+        return [prompt]
+    return [prompt.replace("{}", thing.strip()) for thing in things.split(",")]
+
+
 def prompts(settings):
-    """(target prompts, source prompts), one of each for every thing: lists of P texts."""
-    things = [thing.strip() for thing in (settings["things"] or "").split(",")]
-    return tuple([settings[name].replace("{}", thing or "{}") for thing in things]
-                 for name in ("target", "source"))
+    """All prompts, the target's first."""
+    return target_prompts(settings) + source_prompts(settings)
 
 
 def read_pictures(settings, size):
     """--image and --mask, cropped alike -> [1, 3, H, W], and [1, 1, H, W] of 0 and 1 or None."""
     from PIL import Image, ImageOps
 
-    import files
-    image = files.read_image(settings["image"], size)
-    if settings["mask"] is None:
+    from cli.files import read_image
+    image = read_image(settings.image, size)
+    if settings.mask is None:
         return image, None
-    mask = files.read_image(settings["mask"], size, "black").mean(1, keepdim=True).round()
-    sizes = [ImageOps.exif_transpose(Image.open(settings[name])).size for name in ("mask", "image")]
+    mask = read_image(settings.mask, size, "black").mean(1, keepdim=True).round()
+    sizes = [ImageOps.exif_transpose(Image.open(path)).size
+             for path in (settings.mask, settings.image)]
     if sizes[0] != sizes[1]:
         raise asd.UserError("--mask has {} pixels, the picture {}: they must agree".format(*sizes))
     return image, mask
@@ -321,123 +328,129 @@ def source_latents(settings, prior, folder):
     They are kept in `folder`, where a resumed run finds them, even if the pictures are gone. The
     samples' noise is from a generator of their own: that run draws none, and yet ends in the same.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    import files
-    from export import moved_into
+    from cli.files import encode_folder, moved_into
     from prior import ddim_samples
     path = folder / "sources.safetensors"
     if path.exists():                              # the folder is this run's alone
-        try:
-            x0 = load_file(files.regular(path))["x0"]
-            if x0.shape[1:] != prior.shape or x0.dtype != torch.float32 or not len(x0):
-                raise ValueError("latents of another shape or type")
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise asd.UserError(f"{path} is not what this run has kept: {error}") from error
-        return x0.to(prior.device)
-    if settings["image"] is None:
-        rng = torch.Generator().manual_seed(settings["seed"] ^ 1)
-        x_T = torch.randn(settings["pictures"], *prior.shape, generator=rng)
-        _, texts = prompts(settings)
+        return kept_sources(path, prior)
+    if settings.image is None:
+        rng = torch.Generator().manual_seed(settings.seed ^ 1)
+        x_T = torch.randn(settings.pictures, *prior.shape, generator=rng)
+        texts = source_prompts(settings)
         texts = [texts[i % len(texts)] for i in range(len(x_T))]
         x0 = torch.cat([ddim_samples(prior, texts[i:i + 16], x_T[i:i + 16])
                         for i in range(0, len(x_T), 16)])
     else:
-        x0 = files.encode_folder(prior, settings["image"])
+        x0 = encode_folder(prior, settings.image)
     x0 = x0.contiguous()                         # as it is read again: the layout decides bits
-    folder.mkdir(parents=True, exist_ok=True)
     with moved_into(path) as temporary:
         save_file({"x0": x0.cpu()}, temporary)
     return x0
 
 
-def build(settings, prior, method, rng, folder, anew):
+def kept_sources(path, prior):
+    """The latents that source_latents has kept. UserError where they are others."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from cli.files import regular
+    try:
+        x0 = load_file(regular(path))["x0"]
+        if x0.shape[1:] != prior.shape or x0.dtype != torch.float32 or not len(x0):
+            raise ValueError("latents of another shape or type")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise asd.UserError(f"{path} is not what this run has kept: {error}") from error
+    return x0.to(prior.device)
+
+
+def build(settings, prior, method, rng, folder, new):
     """The generator that starts at the source, φ_y and the second D. -> (State, y)"""
-    import runs
-    texts = prompts(settings)                    # of the target, of the source; several: --things
-    y, z = (prior.encode_text(each) for each in texts)
-    phi, phi_z = (method.phi(prior, each, **runs.told(settings, method.phi)) for each in texts)
-    if settings["network"]:
-        sources = source_latents(settings, prior, folder)
-        generator = Translator(prior, sources, y, z, settings["batch"], rng, settings["seed"])
-        z = generator.cond_z
-    else:                                        # of a resumed run the checkpoint has the picture
-        size = prior.image_size
-        image, mask = read_pictures(settings, size) if anew else (torch.zeros(1, 3, *size), None)
-        generator = Edited(prior, image, mask, settings["pixels"], rng)
-    second = second_discriminator(method, phi_z, z, lambda x0: generator.source)
+    from cli.settings import phi_options
+    targets, sources = target_prompts(settings), source_prompts(settings)
+    y, z = prior.encode_text(targets), prior.encode_text(sources)
+    options = phi_options(settings, method.phi)
+    phi, phi_z = method.phi(prior, targets, **options), method.phi(prior, sources, **options)
+    if settings.network:
+        x0 = source_latents(settings, prior, folder)
+        generator = Translator(prior, x0, y, z, settings.batch, rng, settings.seed)
+    else:
+        image, mask = torch.zeros(1, 3, *prior.image_size), None
+        if new:                                  # of a resumed run the checkpoint has the picture
+            image, mask = read_pictures(settings, prior.image_size)
+        generator = Edited(prior, image, mask, settings.pixels, rng)
+    second = second_discriminator(method, phi_z, z)
     return asd.State(generator, phi, method, rng, second), y
 
 
 def measure(settings, prior, state, images):
     """How far from the source picture, how close to both prompts (tiny/clip, if it is there)."""
     from tiny.judge import distances
-    targets, sources = prompts(settings)
-    pairs = zip(state.generator.shown().split(1), images.split(1))
-    each = [distances(before, after, sources[i % len(sources)], targets[i % len(targets)])
-            for i, (before, after) in enumerate(pairs)]
-    return {name: sum(row[name] for row in each) / len(each) for name in each[0]}
+    targets, sources = target_prompts(settings), source_prompts(settings)
+    rows = []
+    for i, (before, after) in enumerate(zip(state.generator.shown().split(1), images.split(1))):
+        thing = i % len(targets)
+        rows.append(distances(before, after, sources[thing], targets[thing]))
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def finish(folder, settings, prior, state):
     """edited.png, before_after.png; of a network its weights and pictures of its first sources."""
-    from export import write_grid
+    from cli.pictures import to_bytes, write_grid
     generator = state.generator
-    if settings["network"]:
+    if settings.network:
         generator.net.save_pretrained(folder / "network")
-    pictures = [(255 * x).round().byte().cpu() for x in (generator.shown(), generator.images())]
-    write_grid(folder / "edited.png", pictures[1], len(pictures[1]))
-    write_grid(folder / "before_after.png", torch.stack(pictures, 1).flatten(0, 1), 2)
+    before, after = to_bytes(generator.shown()), to_bytes(generator.images())
+    write_grid(folder / "edited.png", after, len(after))
+    write_grid(folder / "before_after.png", torch.stack([before, after], 1).flatten(0, 1), 2)
     return folder / "before_after.png"
 
 
-def apply_network(folder, image, out, device):
-    """Translate a picture, or every picture of a folder, by the network trained in `folder`."""
-    import files
-    from export import write_grid
-    if image is None:
-        raise asd.UserError("give the --image, or a folder of them, to --apply the network to")
-    out = Path(out or Path(folder) / "applied.png")
-    if out.exists() and (out.name != "applied.png" or not out.is_file() or out.samefile(image)):
+def apply_network(settings):
+    """--apply: edit a picture, or every picture of a folder, by the network trained in a folder."""
+    from cli.files import locked, read_folder
+    from cli.pictures import to_bytes, write_grid
+    folder, image = Path(settings.apply), Path(settings.image)
+    if not folder.is_dir():
+        raise asd.UserError(f"{folder} holds no trained network: train one with --network")
+    out = Path(settings.out or folder / "applied.png")
+    ours = out.name == "applied.png" and out.is_file() and not out.samefile(image)
+    if out.exists() and not ours:
         raise asd.UserError(f"{out} is there already: choose another --out, as nothing is written "
                             "over")
-    prior, net = load_network(folder, device)
-    read = files.read_folder if Path(image).is_dir() else files.read_image
-    before = read(image, prior.image_size)
-    after, seconds = in_one_pass(prior, net, before)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = torch.stack([before, after], 1).flatten(0, 1)
-    write_grid(out, (255 * pictures).round().byte(), 2)
+    with locked(folder):
+        prior, net = load_network(folder, settings.device)
+        before = read_folder(image, prior.image_size)
+        after, seconds = in_one_pass(prior, net, before)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_grid(out, to_bytes(torch.stack([before, after], 1).flatten(0, 1)), 2)
     print(f"{1000 * seconds:.0f} ms per picture\n{out}")
 
 
-def apply_main(argv):
-    """`python editing.py --apply …`. -> exit status."""
-    import runs
-    parser = runs.Parser(prog="editing.py", description="Translate pictures by a trained network.")
-    add = parser.add_argument
-    add("--apply", metavar="DIR", dest="folder", help="where it was trained")
-    add("--image", metavar="PNG", type=runs.place, help="a picture, or a folder of them")
-    add("--out", metavar="PNG", help="default DIR/applied.png")
-    add("--device", default="auto", help="default auto: cuda where there is one")
-    return runs.guarded("editing.py", lambda: apply_network(**vars(parser.parse_args(argv))),
-                        "smaller pictures")
+def command():
+    """What editing.py adds to cli/run.py."""
+    from cli.run import Command
+    from cli.settings import EditSettings
+    from variants import ALL_PHIS
+    return Command(
+        "editing.py", "Make a picture of --source one of --target (ASD's Eq. 11).", EditSettings,
+        methods(), ALL_PHIS, asd.CHOICES, build, asd.distill, implied=implied, prompts=prompts,
+        check=check, measure=measure, finish=finish, paper_source=PAPER[0], paper=PAPER[1],
+        divisible=False)
 
 
 def main(argv=None):
-    """`python editing.py …`: the folder, the film and the checkpoints are those of runs.py."""
-    import runs
-    import variants
-    given = sys.argv[1:] if argv is None else argv
-    if any(flag.startswith("--apply") for flag in given):
-        return apply_main(given)
-    return runs.main(runs.Command(
-        "editing.py", "Make a picture of --source one of --target (ASD's Eq. 11).",
-        methods(any(flag.startswith("--net") for flag in given)), variants.ALL_PHIS, asd.CHOICES,
-        build, asd.distill, add_flags=add_flags, defaults=DEFAULTS, options=variants.OPTIONS,
-        prompts=lambda settings: sum(prompts(settings), []), check=check, finish=finish,
-        measure=measure, paper=PAPER, shared=False), given)
+    """`python editing.py …`: the folder, the film and the checkpoints are those of cli/run.py."""
+    from cli import run
+    from cli.settings import ApplySettings, validated
+
+    def work():
+        given = run.flags_of(command(), argv)
+        if "apply" in given:
+            return apply_network(validated(ApplySettings, given))
+        return run.start(command(), given)
+    return run.guarded("editing.py", work)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import re
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -243,12 +244,7 @@ class NeRF(nn.Module):
     def save(self, path):
         """All of it, as safetensors."""
         from safetensors.torch import save
-        part = Path(f"{path}.tmp")
-        try:
-            part.write_bytes(save(self.state_dict(), {"nerf": json.dumps(self.settings)}))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        Path(path).write_bytes(save(self.state_dict(), {"nerf": json.dumps(self.settings)}))
 
     @classmethod
     def load(cls, path, device="cpu", kernels="auto"):
@@ -395,6 +391,8 @@ def read_transforms(path, size):
         for frame in about["frames"]:
             file = Path(path).parent / frame["file_path"]
             picture = Image.open(there(file if file.suffix else file.with_suffix(".png")))
+            if picture.mode[0] in "IF":           # convert() would make it black
+                raise ValueError(f"{frame['file_path']} has more than 8 bits a channel")
             picture = picture.convert("RGBA")
             width = round(picture.width * size / picture.height)
             full = picture.height / picture.width
@@ -488,112 +486,114 @@ def builtin_scene(kind, color, views=40, held_out=8, size=64, seed=0):
 
 
 # ----------------------------------------------------------------------------------- command line
+@torch.no_grad()
+def write_around(path, nerf, size=64, views=8):
+    """Write a picture of a NeRF from all around: colour, depth, normals."""
+    from cli.pictures import write_views
+    origins, directions = (v.to(nerf.table.device) for v in rays(orbit(views), 40.0, size))
+    write_views(path, origins, directions, render(nerf, origins, directions, 64), 2.9, nerf.box)
+
+
+@torch.no_grad()
 def write_all(folder, nerf, threshold, size=64, views=8, frames=36, cells=96):
     """nerf.safetensors, views.png, turntable.gif, mesh.glb, viewer.html; -> the last one written.
 
     A density without a surface costs the mesh, not the run: one line says so.
     """
-    import export
-    nerf.save(folder / "nerf.safetensors")
+    from cli import files, pictures
+    with files.moved_into(folder / "nerf.safetensors") as temporary:
+        nerf.save(temporary)
     device = nerf.table.device
+    write_around(folder / "views.png", nerf, size, views)
+    pictures.write_turntable(folder / "turntable.gif", [
+        render(nerf, *rays(c2w.to(device), 40.0, 2 * size), 64).rgb[0]
+        for c2w in orbit(frames).split(1)])
 
     def density(x):                              # only where there may be something
         sigma = torch.zeros(len(x), device=device)
         for part in nerf.occupancy(x).nonzero().squeeze(1).split(1 << 16):
             sigma[part] = nerf.geometry(x[part])[0]
         return sigma
-    with torch.no_grad():
-        o, d = (v.to(device) for v in rays(orbit(views), 40.0, size))
-        export.write_views(folder / "views.png", o, d, render(nerf, o, d, 64), 2.9, nerf.box)
-        film = (rays(c2w.to(device), 40.0, 2 * size) for c2w in orbit(frames).split(1))
-        export.write_turntable(folder / "turntable.gif",
-                               [render(nerf, *of, 64).rgb[0] for of in film])
-        try:
-            export.write_mesh(folder, export.extract_mesh(
-                density, lambda x: nerf(x, -nerf.normal(x))[1], nerf.box, threshold, cells, device))
-        except (ValueError, ImportError) as error:
-            print(f"no mesh: {error}", file=sys.stderr)
-            return folder / "turntable.gif"
-    return folder / "viewer.html"
+
+    def color(x):                                # seen from outside
+        return nerf(x, -nerf.normal(x))[1]
+    try:
+        pictures.write_mesh(folder, pictures.extract_mesh(density, color, nerf.box, threshold,
+                                                          cells, device))
+        return folder / "viewer.html"
+    except (ValueError, ImportError) as error:
+        print(f"no mesh: {error}", file=sys.stderr)
+        return folder / "turntable.gif"
 
 
-def make_parser():
-    import runs
-    p = runs.Parser(prog="nerf.py", description="Fit a NeRF to posed pictures.")
-    add, count = p.add_argument, runs.number(int, 1)
-    add("scene", metavar="DIR_OR_SOLID",
-        help='a folder with transforms.json, or a solid such as "red mug"')
-    add("--pictures", type=count, default=40, help="of a built-in solid (default 40)")
-    add("--size", type=runs.number(int, 8), default=64, help="pixels (default 64)")
-    add("--steps", type=count, default=600)
-    add("--batch", type=count, default=1024, help="rays per step (default 1024)")
-    add("--samples", type=runs.number(int, 2), default=64, help="along each ray (default 64)")
-    add("--lr", type=runs.number(float, 0, 1e30), default=2e-2)
-    add("--box", type=runs.number(float, 1e-3), help="half the side of the scene (1; folders 1.5)")
-    add("--background", choices=["white", "random"], default="random", help="default random")
-    add("--view", action="store_true", help="colours depend on the direction")
-    add("--threshold", type=runs.number(float, 0, 1e30), default=10.0,
-        help="density of the mesh's surface (default 10)")
-    add("--kernels", choices=["auto", "torch", "triton"], default="auto")
-    add("--device", default="auto", help="default auto: cuda where there is one")
-    add("--seed", type=runs.number(int, 0, 2 ** 63 - 1), default=0)
-    add("--out", metavar="DIR", help="default outputs/fit-<name>")
-    return p
+def read_scene(settings):
+    """-> (pictures to learn, pictures held out) of a folder or a solid. ValueError for others."""
+    from tiny import solids
+    if settings.scene and Path(settings.scene).is_dir():
+        return posed_folder(settings.scene, settings.size)
+    if solid := solids.find_solid(settings.scene):
+        return builtin_scene(*solid, settings.pictures, size=settings.size, seed=settings.seed)
+    raise ValueError(f"{settings.scene!r} is neither a folder nor a solid, such as "
+                     f'"red mug": {", ".join(solids.COLORS)}; {", ".join(solids.KINDS)}')
 
 
-def run(args):
-    """Fit, print the PSNR on held-out views; truth.png, and all that write_all writes."""
+def run(settings):
+    """Make the NeRF and the pictures that it learns from, and fit it in a folder of its own."""
+    from cli import files
+    from prior import usable
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 500 * (settings.pictures + 8) * settings.size ** 2 > memory:     # bytes, as measured
+        raise MemoryError
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    box = settings.box or (1.5 if Path(settings.scene).is_dir() else 1.0)
+    nerf = NeRF(box, density="exp", blob=5.0, blob_radius=0.6, view=settings.view,
+                kernels=settings.kernels, seed=settings.seed)
+    nerf.to(usable(settings.device))
+    use_triton(settings.kernels, nerf.table)
+    learnt, held_out = read_scene(settings)
+    name = re.sub(r"[^a-z0-9]+", "-", Path(settings.scene).name.lower()).strip("-") or "scene"
+    config = {"program": "nerf.py", "settings": settings.model_dump(mode="json")}
+    with ExitStack() as stack:
+        fit_in(files.open_folder(stack, settings.out, f"fit-{name}", config), settings, nerf,
+               learnt, held_out)
+
+
+def fit_in(folder, settings, nerf, learnt, held_out):
+    """Fit, print the PSNR on held-out views; write truth.png, and all that write_all writes."""
     from tqdm import trange
 
-    import export
-    import runs
-    from tiny import solids
-    folder = Path(args.scene)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 500 * (args.pictures + 8) * args.size ** 2 > memory:     # bytes, as measured
-        raise MemoryError
-    nerf = NeRF(args.box or (1.5 if folder.is_dir() else 1.0), density="exp", blob=5.0,
-                blob_radius=0.6, view=args.view, kernels=args.kernels, seed=args.seed)
-    nerf.to(runs.usable(args.device))
-    use_triton(args.kernels, nerf.table)
-    if folder.is_dir():
-        learnt, held_out = posed_folder(folder, args.size)
-    elif solids.find_solid(args.scene):
-        learnt, held_out = builtin_scene(*solids.find_solid(args.scene), args.pictures,
-                                         size=args.size, seed=args.seed)
-    else:
-        raise ValueError(f"{args.scene!r} is neither a folder nor a solid, such as "
-                         f'"red mug": {", ".join(solids.COLORS)}; {", ".join(solids.KINDS)}')
-    name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-") or "scene"
-    out = Path(args.out or Path("outputs") / f"fit-{name}")
-    if (out / "config.json").exists():
-        raise ValueError(f"{out} holds a run of text-to-3D: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    white, began = None if args.background == "random" else (1.0, 1.0, 1.0), time.perf_counter()
-    with trange(args.steps, desc="fit") as bar:
+    from cli.pictures import write_rows
+    white = None if settings.background == "random" else (1.0, 1.0, 1.0)
+    began = time.perf_counter()
+    with trange(settings.steps, desc="fit") as bar:
         def show(step, loss):
             bar.update()
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{loss:.5f}", PSNR=f"{-10 * math.log10(loss + 1e-10):.1f}")
-        fit(nerf, learnt, args.steps, args.batch, args.samples, args.lr, white,
-            torch.Generator().manual_seed(args.seed), show)
+        fit(nerf, learnt, settings.steps, settings.batch, settings.samples, settings.lr, white,
+            torch.Generator().manual_seed(settings.seed), show)
     seconds, truth = time.perf_counter() - began, held_out.over(1.0)
-    seen = look(nerf, held_out, args.samples).rgb.cpu()
+    seen = look(nerf, held_out, settings.samples).rgb.cpu()
     print(f"PSNR on {len(truth)} held-out views: {psnr(seen, truth):.2f} dB; {seconds:.0f} s")
-    export.write_rows(out / "truth.png", [truth[:8], seen[:8]])            # above, below
-    print(write_all(out, nerf, args.threshold))
+    write_rows(folder / "truth.png", [truth[:8], seen[:8]])            # above, below
+    print(write_all(folder, nerf, settings.threshold))
 
 
 def main(argv=None):
     """`python nerf.py DIR`, `python nerf.py "red mug"`. -> exit status."""
     try:
-        import runs
+        from cli.run import guarded
+        from cli.settings import FitSettings, parse_flags, validated
     except ModuleNotFoundError as error:
         print(f"nerf.py: the command line needs {error.name}: copy all of the folder, and pip "
               "install -r requirements.txt", file=sys.stderr)
         return 2
-    return runs.guarded("nerf.py", lambda: run(make_parser().parse_args(argv)),
-                        "a smaller --size, --batch or --samples", mistakes=ValueError)
+
+    def work():
+        given = parse_flags("nerf.py", "Fit a NeRF to posed pictures.", FitSettings, argv)
+        run(validated(FitSettings, given))
+    return guarded("nerf.py", work, "a smaller --size, --batch or --samples", (ValueError,))
 
 
 if __name__ == "__main__":

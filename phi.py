@@ -1,30 +1,20 @@
-"""phi.py — φ, what predicts ε_φ for the fake samples: the noise, a LoRA, or an embedding.
+"""phi.py — φ, what predicts ε_φ for the fake samples: a LoRA, or an embedding.
 
 Each is made by its class(prior, prompts, …) and is then a module, phi(x_t, t, cond, eps,
-camera=None, eps_uncond=None, eps_y=None) -> ε_φ like x_t in float32. Its trainable parameters are
+camera=None, answers=None) -> ε_φ like x_t in float32. Its trainable parameters are
 float32 whatever the prior's dtype, and it saves itself in the ecosystem's formats:
 `pipe.load_lora_weights(folder)` and `pipe.load_textual_inversion(file)` take what save() writes.
 The prior never changes.
 """
 import copy
-import inspect
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
-
-class NoisePhi(nn.Module):
-    """SDS: ε_φ = ε, the added noise itself. Nothing to train, no network to evaluate."""
-
-    def __init__(self, prior=None, prompts=None):
-        super().__init__()
-
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
-        return eps
-
-    def save(self, folder):
-        """Nothing to keep."""
+from loading import quiet, read_lora
+from prior import Prior, full_precision, readers_of
 
 
 def second_view(network):
@@ -33,53 +23,130 @@ def second_view(network):
     return copy.deepcopy(network, {id(tensor): tensor for tensor in frozen})
 
 
+def with_adapter(layer, rank, scale=1.0):
+    """peft's LoRA layer around a frozen one: x ↦ layer(x) + scale · B A x. A, B have no values yet.
+
+    layer: a linear one or a convolution, also one that peft has adapted already: its adapters stay
+    as they are, below φ's.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import Conv2d, Linear
+    plain, kind = plain_layer(layer), Linear
+    if isinstance(plain, nn.Conv2d):
+        kind, layer.groups = Conv2d, plain.groups             # peft asks for them
+    with torch.device("meta"):                     # draws nothing from the global generator
+        adapted = kind(layer, "default", LoraConfig(), r=rank, lora_alpha=rank)
+    adapted.scaling["default"] = scale
+    return adapted
+
+
+def plain_layer(module):
+    """The layer below the adapters that peft has put around it."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+@torch.no_grad()
+def set_adapter(layer, down, up):
+    """Give A and B their values, of any shape with as many numbers."""
+    for module, value in ((layer.lora_A["default"], down), (layer.lora_B["default"], up)):
+        if module.weight.is_meta:
+            empty = torch.empty(module.weight.shape, dtype=torch.float32,
+                                device=layer.weight.device)
+            module.weight = nn.Parameter(empty)
+        module.weight.copy_(value.reshape(module.weight.shape))
+
+
+# to_out.0 and the four after it are the two halves of a joint block, the last is FLUX.2's
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
+             "to_add_out", "to_qkv_mlp_proj")
+
+
 class LoRAPhi(nn.Module):
     """VSD's and ASD's φ: a second view of the prior's network with low-rank adapters.
 
-    The view's frozen weights *are* the prior's (same storage), its adapters are its own: there is
-    no adapter to switch on and off, and the prior never sees them. At step 0, ε_φ = ε_y exactly.
+    The view's frozen weights *are* the prior's (same storage), the user's own adapters among them;
+    φ's are its own: there is no adapter to switch on and off, and the prior never sees them. At
+    step 0, ε_φ = ε_y exactly.
 
-    prior: whose network; it may be another checkpoint than the loop's (the paper's 3D setting:
-    prior 2.1-base, predicting ε, φ 2.1, predicting v) with the same latents and noise schedule.
-    cond [1, L, C]: what φ is told instead of the loop's prompt embedding (such a checkpoint's own;
-    or, in 3D, the prompt without the view); guidance inside φ has no effect then. camera: length of
-    the flattened camera (0: none), which enters through the class embedding of φ's own view, a
-    UNet's. checkpointing: less memory, more time. phi_init: a folder or file to load() first.
+    prior: it may be another checkpoint than the loop's (the paper's 3D setting: prior 2.1-base,
+    predicting ε, φ 2.1, predicting v) with the same latents and noise schedule. phi_model: such a
+    checkpoint's folder or name, loaded in place of `prior`; where it reads text in another way, φ
+    is told the one prompt of `prompts`. cond [1, L, C]: what φ is told instead of the loop's
+    prompt embedding; guidance inside φ has no effect then. camera: length of the flattened camera
+    (0: none), which enters through the class embedding of φ's own view, a UNet's. checkpointing:
+    less memory, more time. targets: ends of the names of the layers to adapt. phi_init: a LoRA to
+    start from, a file or a folder: layers, ranks and scales are its own then. ValueError where
+    something does not fit.
     """
 
     def __init__(self, prior, prompts=None, rank=4, cond=None, camera=0, checkpointing=False,
-                 seed=0, targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
-                 phi_init=None):
+                 seed=0, targets=ATTENTION, phi_init=None, phi_model=None):
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
+        if phi_model is not None:
+            prior, cond = own_checkpoint(prior, phi_model, as_list(prompts), cond)
         if camera and prior.family.network != "unet":
             raise ValueError(f"{prior.name}: a φ that knows the camera needs a UNet")
         self.prior, self.cond, self.camera = prior, cond, camera
         self.network = second_view(prior.network)
-        # made without values, so that none are drawn from the global generator; scale α / r = 1
-        # (peft's own low_cpu_mem_usage changes nn.Module for every thread while it works)
-        with torch.device("meta"):
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank,
-                                               target_modules=list(targets)), self.network)
         rng = torch.Generator().manual_seed(seed)
-        values = {name: torch.randn(p.shape, generator=rng) / rank if "lora_A" in name
-                  else torch.zeros(p.shape)                       # step 0: nothing is changed
-                  for name, p in self.named_parameters() if "lora_" in name}
-        self.load_state_dict({name: value.to(prior.device) for name, value in values.items()},
-                             strict=False, assign=True)
+        if phi_init is None:
+            self.adapt(rank, targets, rng)
+        else:
+            self.adapt_as(phi_init)
+        # so that peft's own functions, such as get_peft_model_state_dict, find φ's adapter
+        self.network.peft_config = {"default": LoraConfig()}
         if camera:
             width = self.network.time_embedding.linear_2.out_features
             embedding = untrained(lambda: TimestepEmbedding(camera, width), rng)
             nn.init.zeros_(embedding.linear_2.weight)             # nor does the camera
             nn.init.zeros_(embedding.linear_2.bias)
             self.network.class_embedding = embedding.to(prior.device)
+            if phi_init is not None:
+                self.load_camera(phi_init)
         if checkpointing:
             self.network.enable_gradient_checkpointing()
-        if phi_init is not None:
-            self.load(phi_init)
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+    def adapt(self, rank, targets, rng):
+        """Put adapters beside the layers whose names end in `targets`, drawn from rng."""
+        ends = tuple(f".{target}" for target in targets)
+        names = [name for name, module in self.network.named_modules()
+                 if f".{name}".endswith(ends) and can_adapt(module)]
+        if not names:
+            raise ValueError(f"{self.prior.name} has no layers named {', '.join(targets)}")
+        for name in names:
+            layer = with_adapter(self.network.get_submodule(name), rank)
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            set_adapter(layer, torch.randn(down.shape, generator=rng, device="cpu") / rank,
+                        torch.zeros(up.shape, device="cpu"))     # step 0: nothing is changed
+            self.network.set_submodule(name, layer)
+        self.adapted = names
+
+    def adapt_as(self, place):
+        """Put adapters where a LoRA's file has them, with its values, ranks and scales."""
+        found = read_lora(self.prior.pipe, self.prior.family.network, place)
+        modules = dict(self.network.named_modules())
+        unknown = [name for name in found if not can_adapt(modules.get(name))]
+        if unknown:
+            raise ValueError(f"{place}: a LoRA of other layers than {self.prior.name} has: "
+                             f"{len(unknown)}, such as {unknown[0]}")
+        self.adapted = [name for name in modules if name in found]    # in the network's own order
+        for name in self.adapted:
+            adapter = found[name]
+            layer = with_adapter(modules[name], len(adapter.down), adapter.scale)
+            try:
+                set_adapter(layer, adapter.down, adapter.up)
+            except RuntimeError as error:
+                raise ValueError(f"{place}: {name} has another shape than "
+                                 f"{self.prior.name}'s") from error
+            self.network.set_submodule(name, layer)
+
+    def layers(self):
+        """The layers that φ adapts: {name: peft's layer}."""
+        return {name: self.network.get_submodule(name) for name in self.adapted}
+
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
         cond = cond if self.cond is None else self.cond.expand(len(x_t), -1, -1)
         extra = {"class_labels": camera} if self.camera else {}
         return self.prior.eps_of(self.network, x_t, t, cond, **extra)
@@ -87,47 +154,87 @@ class LoRAPhi(nn.Module):
     def save(self, folder):
         """Write what `pipe.load_lora_weights(folder)` takes (and camera.safetensors beside it)."""
         from diffusers.utils import convert_state_dict_to_diffusers
-        from peft.utils import get_peft_model_state_dict
         from safetensors.torch import save_file
         Path(folder).mkdir(parents=True, exist_ok=True)       # an error where it is a file
-        layers = get_peft_model_state_dict(self.network)
-        if self.prior.family.network == "unet":
-            layers = convert_state_dict_to_diffusers(layers)
-        self.prior.pipe.save_lora_weights(
-            folder, **{f"{self.prior.family.network}_lora_layers": layers})
+        part, named, ranks, alphas = self.prior.family.network, {}, {}, {}
+        for name, layer in self.layers().items():
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            named[f"{name}.lora_A.weight"] = down.detach()
+            named[f"{name}.lora_B.weight"] = up.detach()
+            ranks[name], alphas[name] = len(down), len(down) * layer.scaling["default"]
+        older = convert_state_dict_to_diffusers(named) if part == "unet" else named
+        if not any(".lora_A" in key for key in older):     # not where it could only name some so
+            named = older
+        words = {f"{part}_lora_layers": named}
+        if ranks != alphas:                                   # scales that are not 1 must be said
+            words[f"{part}_lora_adapter_metadata"] = {
+                "r": max(ranks.values()), "lora_alpha": max(ranks.values()),
+                "target_modules": list(ranks), "rank_pattern": exactly(ranks),
+                "alpha_pattern": exactly(alphas)}
+        self.prior.pipe.save_lora_weights(folder, **words)
         if self.camera:
             save_file(self.network.class_embedding.state_dict(),
                       Path(folder) / "camera.safetensors")
 
     def load(self, folder):
-        """Read what save(), or a LoRA training of scale 1, wrote: a folder, or a file.
+        """Read what save(), or another LoRA training, wrote into this φ's own adapters.
 
-        safetensors only. Raises ValueError for other scales, other layers and another rank.
+        safetensors only. Raises ValueError for other layers, another rank or another scale.
         """
-        from diffusers.utils import convert_unet_state_dict_to_peft
-        from peft.utils import set_peft_model_state_dict
-        from safetensors.torch import load_file
-        part = self.prior.family.network
-        try:
-            layers, *alphas, about = self.prior.pipe.lora_state_dict(
-                folder, local_files_only=True, use_safetensors=True, return_lora_metadata=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no LoRA as safetensors") from error
-        about = about or {}
-        if any(alphas) or about.get(f"{part}.lora_alpha") != about.get(f"{part}.r"):
-            raise ValueError(f"{folder}: a LoRA with a scale of its own: not φ's")
-        layers = {key.removeprefix(f"{part}."): value for key, value in layers.items()}
-        layers = convert_unet_state_dict_to_peft(layers)
-        try:
-            found = set_peft_model_state_dict(self.network, layers)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: a LoRA of another rank: {error}") from error
-        missing = [key for key in found.missing_keys if "lora_" in key]
-        if missing or found.unexpected_keys:
-            raise ValueError(f"{folder}: a LoRA of other layers than φ's")
+        found = read_lora(self.prior.pipe, self.prior.family.network, folder)
+        layers = self.layers()
+        theirs = {name: (len(adapter.down), adapter.scale) for name, adapter in found.items()}
+        own = {name: (layer.r["default"], layer.scaling["default"])
+               for name, layer in layers.items()}
+        if theirs != own:
+            raise ValueError(f"{folder}: a LoRA of other layers, another rank or another scale "
+                             "than φ's: phi_init makes a φ like it")
+        for name, layer in layers.items():
+            set_adapter(layer, found[name].down, found[name].up)
         if self.camera:
-            camera = load_file(Path(folder) / "camera.safetensors")
-            self.network.class_embedding.load_state_dict(camera)
+            self.load_camera(folder)
+
+    def load_camera(self, folder):
+        """The embedding of the camera, where a φ was saved with one; else it stays as it is."""
+        from safetensors.torch import load_file
+        file = Path(folder) / "camera.safetensors"
+        if file.is_file():
+            self.network.class_embedding.load_state_dict(load_file(file))
+
+
+def can_adapt(module):
+    return isinstance(plain_layer(module), (nn.Linear, nn.Conv2d))
+
+
+def exactly(values):
+    """peft's patterns of names, each for one layer."""
+    return {f"^{re.escape(name)}": value for name, value in values.items()}
+
+
+def own_checkpoint(prior, place, prompts, cond):
+    """-> φ's own Prior, and what φ is told. ValueError where it does not fit beside the loop's."""
+    height, width = prior.image_size
+    own = Prior.from_pretrained(place, prior.device, prior.dtype,
+                                size=height if height == width else None)
+    if own.shape != prior.shape:
+        raise ValueError(f"{place} has latents of {own.shape}, {prior.name} of {prior.shape}")
+    for name in ("alphas", "sigmas", "center", "scale"):
+        if not alike(getattr(own, name), getattr(prior, name)):
+            raise ValueError(f"{place} has another noise schedule, or another scale of its "
+                             f"latents, than {prior.name}")
+    texts = ["", *prompts[:1]]
+    if not alike(own.encode_text(texts), prior.encode_text(texts)):
+        if len(prompts) != 1:
+            raise ValueError(f"{place} reads text in another way than {prior.name}: its φ takes "
+                             f"one prompt, not {len(prompts)}")
+        cond = own.encode_text(prompts)
+    own.vae.to("cpu")                                  # φ needs its network alone
+    own.release_text_encoders()
+    return own, cond
+
+
+def alike(a, b):
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2)
 
 
 class EmbeddingPhi(nn.Module):
@@ -146,27 +253,26 @@ class EmbeddingPhi(nn.Module):
             raise ValueError("an embedding φ starts at its prompt: EmbeddingPhi(prior, prompt)")
         if prior.family.read is None:
             raise ValueError(f"{prior.name}: an embedding φ needs CLIP's text encoders: use a LoRA")
-        self.prior, pipe = prior, prior.pipe
-        parts = [name for name in ("", "_2") if getattr(pipe, f"text_encoder{name}", None)]
-        self.encoders = [getattr(pipe, f"text_encoder{name}") for name in parts]
-        self.tables, self.ids = [], []                    # names; token ids [1, L]
+        self.prior = prior
+        self.encoders, self.tables, self.ids = [], [], []      # tables: names; ids [1, L]
         self.words = nn.ParameterList()
-        for encoder, tokenizer in zip(
-                self.encoders, (getattr(pipe, f"tokenizer{name}") for name in parts)):
+        for encoder, tokenizer in readers_of(prior.pipe):
             tokenizer = copy.deepcopy(tokenizer)     # it keeps its padding, for all threads alike
             table = encoder.get_input_embeddings().weight
             limit = tokenizer.model_max_length
             if not 1 <= tokens <= limit - 2:
                 raise ValueError(f"tokens must lie in 1 … {limit - 2}, not {tokens}")
-            words = tokenizer(as_list(prompts)[0]).input_ids[1:-1]
+            with quiet():
+                words = tokenizer(as_list(prompts)[0]).input_ids[1:-1]
             words = words or tokenizer("").input_ids[-1:]
             words = (words + [words[-1]] * tokens)[:tokens]
             self.words.append(nn.Parameter(table[words].detach().float().to(prior.device)))
-            null = tokenizer("", padding="max_length", max_length=limit,
-                             return_tensors="pt").input_ids[0]
-            new = torch.arange(tokens) + len(table)
-            self.ids.append(torch.cat([null[:1], new, null[1:-tokens]])[None].to(prior.device))
+            null = tokenizer("", padding="max_length", max_length=limit).input_ids
+            new = range(len(table), len(table) + tokens)            # rows below the table's own
+            ids = [null[0], *new, *null[1:-tokens]]
+            self.ids.append(torch.tensor([ids], device=prior.device))
             self.tables.append(next(name for name, p in encoder.named_parameters() if p is table))
+            self.encoders.append(encoder)
         self.view = None                   # the prior's own, but where it has to change
         if checkpointing:
             self.view = second_view(prior.network)
@@ -180,11 +286,12 @@ class EmbeddingPhi(nn.Module):
                 encoder.to(self.prior.device)
             table = encoder.get_parameter(name)
             longer = torch.cat([table, words.to(table.dtype)])
-            outputs.append(torch.func.functional_call(encoder, {name: longer}, ids,
-                                                      {"output_hidden_states": True}))
+            with full_precision():
+                outputs.append(torch.func.functional_call(encoder, {name: longer}, ids,
+                                                          {"output_hidden_states": True}))
         return self.prior.pack(*self.prior.family.read(outputs))
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
         network = self.prior.network if self.view is None else self.view
         return self.prior.eps_of(network, x_t, t, self.encode().expand(len(x_t), -1, -1))
 
@@ -231,17 +338,6 @@ def untrained(make, rng):
                 else:                                             # a normalisation's
                     p.fill_(float(p is weight))
     return network
-
-
-def make_phi(method, prior, prompts=None, seed=0, **options):
-    """method.phi(prior, prompts, …), told what it takes of the run: the seed, λ, γ, the steps.
-
-    method: with the attributes phi, lam, gamma and steps. prompts: one, or a list of all that the
-    run can ask; None where φ needs none. options: the φ's own; TypeError for one that it lacks.
-    """
-    run = {"seed": seed, "lam": method.lam, "gamma": method.gamma, "steps": method.steps}
-    takes = inspect.signature(method.phi).parameters
-    return method.phi(prior, prompts, **{key: run[key] for key in run.keys() & takes} | options)
 
 
 def as_list(prompts):

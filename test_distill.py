@@ -1,17 +1,23 @@
-"""Prior, φ, the generators and the loop, on two tiny diffusers pipelines with random weights.
+"""Prior, φ, the generators and the loop.
+
+The networks are those of two tiny diffusers pipelines with random weights:
 
     epsilon        like Stable Diffusion 1.x: predicts ε, 2 heads everywhere
     v_prediction   like 2.x: predicts v, heads per level, linear projections, padded with "!"
 
 test_equation… in test_asd.py checks the formulas; here they are recomputed by hand around networks
-that really run.  Timings of one step (pytest-benchmark) come last.
+that really run. Whatever does not depend on a network is tested on ElementwisePrior, in float64.
+Timings of one step come last, and run with --benchmark-only -n 0.
 """
 import copy
 import functools
+import itertools
 import json
 import math
 import socket
-from collections import Counter
+import subprocess
+import sys
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +29,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import asd
-from asd import METHODS, Latents, NoisePhi, Pixels, Prior, State, UserError
-from files import load_tensors, tensors
+from asd import METHODS, NoisePhi, State
+from cli.files import load_tensors, tensors
 from phi import EmbeddingPhi, LoRAPhi, second_view
-from prior import to_eps
+from prior import Latents, Pixels, Prior, UserError, to_eps
 from tiny import make
 
 HERE = Path(asd.__file__).resolve().parent
 KINDS = ["epsilon", "v_prediction"]
 PROMPT = "a red apple"                                  # three tokens
+PHIS = {"noise": NoisePhi, "lora": LoRAPhi, "embedding": EmbeddingPhi}
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.filterwarnings("ignore:γ is below the bound")
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 
 
@@ -136,8 +144,9 @@ def scramble(phi, seed=0):
 
 
 def method_of(name="asd", steps=2, phi=None, **changes):
-    """A row; phi: a name that --phi takes, in place of the row's."""
-    changes |= {} if phi is None else {"phi": asd.PHIS[phi]}
+    """A row of asd.METHODS, changed; phi: a name of PHIS, in place of the row's."""
+    if phi is not None:
+        changes["phi"] = PHIS[phi]
     return replace(METHODS[name], steps=steps, **changes)
 
 
@@ -148,26 +157,25 @@ def make_state(prior, method, particles=1, seed=0, generator=None, phi=None):
     return State(generator, phi, method, random)
 
 
-def go(prior, method, state=None, micro_batch=None, real=None, **kwargs):
-    """A short run of the loop for PROMPT -> (state, [terms of each step])."""
-    state, rows = state or make_state(prior, method, **kwargs), []
+def go(prior, method, state=None, real=None, **kwargs):
+    """A short run of the loop for PROMPT -> (state, [metrics of each step])."""
+    state, logs = state or make_state(prior, method, **kwargs), []
     state.real = real
     asd.distill(prior, state.generator, prior.encode_text([PROMPT]), method, state=state,
-                micro_batch=micro_batch, callback=lambda state, terms: rows.append(terms))
-    return state, rows
+                callback=lambda state, metrics: logs.append(metrics))
+    return state, logs
 
 
 class Views(nn.Module):
-    """A stand-in for a 3D scene: θ [N, …] seen by cameras [N, 16] that bring their own prompt."""
+    """A stand-in for a 3D scene: θ [N, …] seen by cameras [N, 16]; cond [1, L, C]."""
 
-    def __init__(self, prior, cond=None, camera=None):
+    def __init__(self, prior, cond, camera):
         super().__init__()
-        count = 2 if camera is None else len(camera)
-        self.theta = nn.Parameter(torch.randn(count, *prior.shape, generator=rng(1)))
-        self.cond, self.camera = cond, camera
+        self.theta = nn.Parameter(torch.randn(len(camera), *prior.shape, generator=rng(1)))
+        self.cond, self.camera = cond.repeat(len(camera), 1, 1), camera
 
     def forward(self):
-        return self.theta if self.cond is None else (self.theta, self.cond, self.camera)
+        return asd.Samples(self.theta, self.cond, self.camera)
 
 
 # ---------------------------------------------------------------------------------------- Prior
@@ -455,17 +463,28 @@ def test_two_steps_move_every_parameter_of_lora(prior, checkpointing):
     assert before and stuck == []
 
 
-def test_checkpointing_recomputes_the_same_gradients(prior):
+@pytest.mark.parametrize("kind", [LoRAPhi, EmbeddingPhi])
+def test_checkpointing_recomputes_the_same_gradients(prior, kind):
+    """In φ's own view of the network and the prior's storage; the prior does not recompute."""
     (x_t, t, cond), grads, calls = sample(prior), [], []
     for checkpointing in (False, True):
-        phi = scramble(LoRAPhi(prior, checkpointing=checkpointing))
-        calls.append([])
-        phi.network.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
+        phi = scramble(kind(prior, PROMPT, checkpointing=checkpointing))
+        network = prior.network
+        if kind is LoRAPhi:
+            network = phi.network
+        elif checkpointing:
+            network = phi.view
+        seen = []
+        handle = network.mid_block.resnets[1].register_forward_pre_hook(
+            lambda *_, seen=seen: seen.append(1))
         phi(x_t, t, cond, None).square().sum().backward()
-        grads.append({name: p.grad for name, p in trainable(phi).items()})
-    assert len(calls[0]) == 1 < len(calls[1]) and not prior.network.is_gradient_checkpointing
-    for name in grads[0]:
-        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6)
+        handle.remove()
+        calls.append(len(seen))
+        grads.append([p.grad for p in trainable(phi).values()])
+    assert calls[0] == 1 < calls[1] and not prior.network.is_gradient_checkpointing
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    storage = {p.data_ptr() for p in network.parameters()}
+    assert storage >= {p.data_ptr() for p in prior.network.parameters()}
 
 
 def test_lora_of_another_checkpoint_answers_in_eps(load):
@@ -480,35 +499,18 @@ def test_lora_of_another_checkpoint_answers_in_eps(load):
         # ε = σ x_t + α v; told its own prompt, whatever the loop's is
         torch.testing.assert_close(phi(x_t, t, cond, None), sigma * x_t + alpha * v)
     before = copy.deepcopy(trainable(phi))
-    state, rows = go(prior, method_of(), phi=phi)
-    assert all(math.isfinite(row["loss_D"]) for row in rows)
+    state, logs = go(prior, method_of(), phi=phi)
+    assert all(math.isfinite(log["loss_D"]) for log in logs)
     assert not any(torch.equal(p, before[name]) for name, p in trainable(phi).items())
-
-
-def test_checkpointing_of_the_embedding_recomputes_the_same_gradient(folders):
-    (prior, whole), grads, calls = (Prior.from_pretrained(folders["epsilon"], "cpu")
-                                    for _ in range(2)), [], []
-    (x_t, t, cond), kept = sample(prior), prior.encode_text([PROMPT])
-    for each in (whole, prior):
-        phi = EmbeddingPhi(each, PROMPT, checkpointing=each is prior)
-        calls.append([])
-        unet = phi.view or each.network
-        unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls[-1].append(1))
-        phi(x_t, t, cond, None).square().sum().backward()
-        grads.append(phi.words[0].grad)
-    assert len(calls[0]) == 1 < len(calls[1]) and (grads[0] != 0).any()
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-    assert torch.equal(prior.eps(x_t, t, kept.expand(2, -1, -1)),
-                       whole.eps(x_t, t, kept.expand(2, -1, -1)))
 
 
 @pytest.mark.parametrize("phi", ["lora", "embedding"])
 def test_all_that_learns_is_float32_beside_a_bfloat16_prior(load, phi):
-    state, rows = go(load(dtype=torch.bfloat16), method_of(phi=phi), particles=2)
+    state, logs = go(load(dtype=torch.bfloat16), method_of(phi=phi), particles=2)
     assert {p.dtype for p in trainable(state.phi).values()} == {torch.float32}
     floats = [tensor for name, tensor in tensors(state).items() if name != "rng"]
     assert len(floats) >= 8 and {tensor.dtype for tensor in floats} == {torch.float32}
-    assert all(math.isfinite(row["loss_G"] + row["loss_D"]) for row in rows)
+    assert all(math.isfinite(log["grad_norm"] + log["loss_D"]) for log in logs)
 
 
 def test_camera_starts_mute_and_is_learnt(prior):
@@ -517,7 +519,7 @@ def test_camera_starts_mute_and_is_learnt(prior):
     assert prior.network.class_embedding is None
     with torch.no_grad():
         assert torch.equal(phi(x_t, t, cond, None, views), prior.eps(x_t, t, cond))
-    go(prior, method_of(phi_lr=0.05), phi=phi, generator=Views(prior, cond, views))
+    go(prior, method_of(phi_lr=0.05), phi=phi, generator=Views(prior, cond[:1], views))
     assert not torch.allclose(phi(x_t, t, cond, None, views), phi(x_t, t, cond, None, -views))
 
 
@@ -533,29 +535,23 @@ def test_phi_comes_from_its_seed_alone(prior, monkeypatch):
     assert same(trainable(LoRAPhi(prior, camera=16, seed=5)), trainable(a))
 
 
-def test_make_phi_tells_what_is_taken(prior):
-    """Of the run, what the φ takes; an option that it does not is an error, not forgotten."""
-    for name, kind in (("noise", NoisePhi), ("lora", LoRAPhi), ("embedding", EmbeddingPhi)):
+def test_make_phi_hands_over_what_the_phi_accepts(prior):
+    """Of the run, what the φ takes; an option that it lacks is an error, not forgotten."""
+    for name, kind in PHIS.items():
         method = method_of(phi=name)
-        assert type(asd.make_phi(method, prior, PROMPT)) is method.phi is kind
+        assert type(asd.make_phi(method, prior, PROMPT)) is kind
         with pytest.raises(TypeError, match="rang"):
             asd.make_phi(method, prior, PROMPT, rang=8)
     assert len(asd.make_phi(method_of(phi="embedding"), prior, PROMPT, tokens=2).words[0]) == 2
     one, two, other = (trainable(asd.make_phi(method_of(), prior, seed=seed)) for seed in (3, 3, 4))
     assert same(one, two) and not same(one, other)
-    seen = []
-    made = asd.make_phi(SimpleNamespace(phi=lambda prior, prompts, steps, lam: seen.append(
-        (prompts, steps, lam)), lam=3.0, gamma=0.0, steps=9), prior, PROMPT)
-    assert made is None and seen == [(PROMPT, 9, 3.0)]
+
+    def record(prior, prompts, steps, lam):
+        return prompts, steps, lam
+    method = replace(method_of(steps=9, lam=3.0), phi=record)
+    assert asd.make_phi(method, prior, PROMPT) == (PROMPT, 9, 3.0)
     with pytest.raises(ValueError, match="starts at its prompt"):          # where there is none
         asd.distill(prior, Latents(prior), prior.encode_text([PROMPT]), method_of(phi="embedding"))
-
-
-def test_state_of_another_generator(prior):
-    method = method_of()
-    state = make_state(prior, method)
-    with pytest.raises(ValueError, match="another generator"):
-        asd.distill(prior, Latents(prior), prior.encode_text([PROMPT]), method, state=state)
 
 
 # -------------------------------------------------------------------------------- embedding φ
@@ -625,30 +621,39 @@ def test_another_lora_is_refused(prior, tmp_path, other, words):
 
 
 @pytest.mark.parametrize("alpha", [4, 8])
-def test_a_lora_of_another_scale_is_refused(prior, tmp_path, alpha):
+def test_a_lora_of_another_scale_is_refused(prior, pipe, tmp_path, alpha):
     """Trained with peft, saved by diffusers with what peft knows of it: alpha/r is 1 or 2."""
-    from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
-    phi = scramble(LoRAPhi(prior))
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(phi.network))
-    StableDiffusionPipeline.save_lora_weights(
-        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata={"r": 4, "lora_alpha": alpha})
-    again = LoRAPhi(prior)
-    if alpha == 4:
-        again.load(tmp_path)
-        assert same(trainable(phi), trainable(again))
-    else:
+    pipe.unet.requires_grad_(False)
+    pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=alpha,
+                                     target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    scramble(pipe.unet)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers,
+                           unet_lora_adapter_metadata={"r": 4, "lora_alpha": alpha})
+    phi, (x_t, t, cond) = LoRAPhi(prior), sample(prior)
+    if alpha == 8:
         with pytest.raises(ValueError, match="scale"):
-            again.load(tmp_path)
+            phi.load(tmp_path)
+    else:
+        phi.load(tmp_path)
+        eps = prior.eps_of(pipe.unet, x_t, t, cond)
+        torch.testing.assert_close(phi(x_t, t, cond, None), eps, rtol=1e-5, atol=1e-5)
 
 
-def test_a_lora_with_alphas_in_its_file_is_refused(prior, monkeypatch):
-    """Other trainers' files have them; diffusers gives them beside the layers."""
-    monkeypatch.setattr(type(prior.pipe), "lora_state_dict", classmethod(
-        lambda *_, **__: ({}, {"unet.to_q.alpha": 4.0}, None)))
+def test_a_lora_with_alphas_in_its_file_is_refused(prior, tmp_path):
+    """Other trainers' files have them, each layer its own."""
+    phi = scramble(LoRAPhi(prior))
+    phi.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    named = load_file(file)
+    down = next(key for key in named if key.endswith(".lora.down.weight"))
+    alpha = down.replace("lora.down.weight", "alpha")
+    save_file(named | {alpha: torch.tensor(8.0)}, file)
     with pytest.raises(ValueError, match="scale"):
-        LoRAPhi(prior).load("anywhere")
+        LoRAPhi(prior).load(tmp_path)
 
 
 def test_lora_sits_where_it_is_told(prior):
@@ -713,7 +718,159 @@ def test_particles_take_the_pictures_in_turn(prior, kind):
         kind(prior, 3, rng(), images)
 
 
-# ------------------------------------------------------------------------------------- the loop
+# ------------------------------------------- a prior and a φ of element-wise float64 operations
+class ElementwisePrior:
+    """A DiffusionModel in which no bit of a sample depends on the rest of its batch.
+
+    A prompt's embedding is its length, L = 2, C = 3. batches: the samples of each call of eps.
+    """
+    steps, shape = 1000, (2, 3, 3)
+
+    def __init__(self):
+        self.batches = []
+
+    def alpha_sigma(self, t):
+        alpha_t = torch.cos(0.5 * torch.pi * (t + 1).double() / 1001)[:, None, None, None]
+        return alpha_t, (1 - alpha_t ** 2).sqrt()
+
+    def encode_text(self, prompts):
+        return torch.stack([torch.full((2, 3), float(len(prompt))) for prompt in prompts]).double()
+
+    def predict(self, x_t, t, cond):
+        c = cond.mean((1, 2))[:, None, None, None]
+        return torch.tanh(x_t * (1 + 0.1 * c) + t[:, None, None, None] / 1000) + 0.01 * c
+
+    def eps(self, x_t, t, cond):
+        self.batches.append(len(x_t))
+        return self.predict(x_t, t, cond)
+
+
+Heard = namedtuple("Heard", "x_t t cond eps camera answers")         # what a φ was called with
+
+
+class ElementwisePhi(nn.Module):
+    """ε_φ = ε_y + a (x_t + 1 + the camera's mean). heard: every call of it."""
+
+    def __init__(self, prior, a=0.0):
+        super().__init__()
+        self.prior, self.heard = prior, []
+        self.a = nn.Parameter(torch.full((1, 2, 3, 3), a, dtype=torch.float64))
+
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
+        self.heard.append(Heard(x_t, t, cond, eps, camera, answers))
+        seen = x_t + 1
+        if camera is not None:
+            seen = seen + camera.mean(1)[:, None, None, None]
+        return self.prior.predict(x_t, t, cond) + self.a * seen
+
+
+class ListeningPhi(NoisePhi):
+    """SDS's φ. heard: every call of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
+        self.heard.append(Heard(x_t, t, cond, eps, camera, answers))
+        return eps
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+
+
+class Particles(nn.Module):
+    """θ [n, 2, 3, 3] is x0. fields: the prompts, cameras or sources of all samples."""
+
+    def __init__(self, n=1, **fields):
+        super().__init__()
+        self.theta = nn.Parameter(normal(n, 2, 3, 3, seed=1))
+        self.batch, self.fields = n, fields
+
+    def forward(self, rows=None):
+        rows = slice(None) if rows is None else rows
+        x0 = self.theta[rows]
+        if not self.fields:
+            return x0
+        return asd.Samples(x0, **{name: tensor[rows] for name, tensor in self.fields.items()})
+
+
+def particles_with_everything(prior, n):
+    """Each sample has a prompt, a camera, a source picture and a source prompt of its own."""
+    texts = ["y" * (i + 1) for i in range(n)]
+    sources = ["z" * (2 * i + 1) for i in range(n)]
+    return Particles(n, cond=prior.encode_text(texts), camera=normal(n, 16, seed=2),
+                     source=normal(n, 2, 3, 3, seed=3), source_cond=prior.encode_text(sources))
+
+
+def run_elementwise(method, generator=None, phi=None, second=None, real=None, micro_batch=None,
+                    prior=None):
+    """A run for "a fox" on the element-wise prior -> (state, [metrics of each step])."""
+    prior, logs = prior or ElementwisePrior(), []
+    generator = Particles() if generator is None else generator
+    if phi is None:
+        phi = NoisePhi() if method.phi is NoisePhi else ElementwisePhi(prior, 0.1)
+    state = State(generator, phi, method, rng(), second, real)
+    asd.distill(prior, generator, prior.encode_text(["a fox"]), method, state=state,
+                micro_batch=micro_batch, callback=lambda state, metrics: logs.append(metrics))
+    return state, logs
+
+
+def second_of(prior, **pictures):
+    """A discriminator to subtract, for "a cat", with a φ of its own."""
+    return asd.Discriminator(ElementwisePhi(prior, 0.2), prior.encode_text(["a cat"]), 1.0, 0.5,
+                             at="source", **pictures)
+
+
+# --------------------------------------------------------------------------------- Algorithm 1
+@pytest.mark.parametrize("with_real", [False, True], ids=["eq10", "eq9"])
+@pytest.mark.parametrize("share_noise", [False, True], ids=["fresh", "shared"])
+@pytest.mark.parametrize("name", ["sds", "vsd", "asd"])
+def test_distill_is_algorithm_1(name, share_noise, with_real):
+    """Bit for bit: θ, φ, the losses and the generator of randomness."""
+    real = normal(5, 2, 3, 3, seed=2) if with_real else None
+    for n, phi_steps in itertools.product((1, 3), (1, 2)):
+        method = method_of(name, steps=7, share_noise=share_noise, phi_steps=phi_steps,
+                           lr_end=0.5, phi_lr=0.01)
+        prior, generator, random, losses = ElementwisePrior(), Particles(n), rng(), []
+        phi = NoisePhi() if name == "sds" else ElementwisePhi(prior, 0.1)
+        asd.algorithm_1(prior, generator, prior.encode_text(["a fox"]), phi, method, random, real,
+                        callback=lambda step, loss_D, losses=losses: losses.append(loss_D))
+        state, logs = run_elementwise(method, Particles(n), real=real)
+        assert torch.equal(state.generator.theta, generator.theta)
+        assert same(state.phi.state_dict(), phi.state_dict())
+        assert [log["loss_D"] for log in logs] == losses
+        assert torch.equal(state.rng.get_state(), random.get_state())
+        assert not torch.equal(generator.theta, Particles(n).theta)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Prior.from_pretrained("tiny-sd", "cpu")
+
+
+needs_tiny_sd = pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(),
+                                   reason="tiny/sd is not here")
+
+
+@needs_tiny_sd
+@pytest.mark.parametrize("name, share_noise", [("sds", False), ("vsd", True), ("asd", False)])
+def test_distill_is_algorithm_1_on_tiny_sd(tiny, name, share_noise):
+    """Up to rounding, as the prior is asked in batches of other sizes: 12 steps."""
+    method, y = method_of(name, steps=12, share_noise=share_noise), tiny.encode_text([PROMPT])
+    ends = []
+    for loop in ("algorithm_1", "distill"):
+        generator, phi = Latents(tiny, 1, rng()), asd.make_phi(method, tiny)
+        if loop == "algorithm_1":
+            asd.algorithm_1(tiny, generator, y, phi, method, rng())
+        else:
+            asd.distill(tiny, generator, y, method, state=State(generator, phi, method, rng()))
+        ends.append(generator.theta.detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------ what the prior is asked
 @contextmanager
 def counted(*unets):
     """Samples that went through the networks: forward, of these with a graph, backward; calls."""
@@ -731,351 +888,332 @@ def counted(*unets):
         handle.remove()
 
 
-@pytest.mark.parametrize("name, changes, forward, backward", [
-    ("sds", {}, 2, 0),
-    ("sds", {"lam": 1.0}, 1, 0),
-    ("vsd", {}, 4, 1),
-    ("asd", {}, 5, 1),
-    ("vsd", {"share_noise": True}, 3, 1),
-    ("asd", {"share_noise": True}, 3, 1),
-    ("asd", {"lam": 1.0}, 4, 1),
-    ("asd", {"lam": 1.0, "share_noise": True}, 2, 1),
-    ("asd", {"phi_steps": 2}, 7, 2),
-    ("asd", {"phi_steps": 2, "share_noise": True}, 4, 2),
-    ("asd", {"phi_first": True}, 5, 1),
-    ("asd", {"phi_first": True, "share_noise": True}, 4, 1),    # φ changes between its two uses
-    ("asd", {"lam_phi": 2.0}, 7, 2),
+@pytest.mark.parametrize("name, changes, with_real, forward, backward", [
+    ("sds", {}, False, 2, 0),
+    ("sds", {"lam": 1.0}, False, 1, 0),
+    ("vsd", {}, False, 4, 1),
+    ("asd", {}, False, 5, 1),
+    ("asd", {"phi": "embedding"}, False, 5, 1),
+    ("vsd", {"share_noise": True}, False, 3, 1),
+    ("asd", {"share_noise": True}, False, 3, 1),
+    ("asd", {"lam": 1.0, "share_noise": True}, False, 2, 1),
+    ("asd", {"phi_steps": 2}, False, 7, 2),
+    ("asd", {"phi_steps": 2, "share_noise": True}, False, 4, 2),
+    ("asd", {"lam_phi": 2.0}, False, 7, 2),
+    ("asd", {}, True, 7, 2),
+    ("asd", {"eta": 0.0}, True, 6, 2),
+    ("asd", {"gamma": 0.0}, True, 6, 2),
+    ("asd", {"share_noise": True}, True, 6, 2),
 ])
-@pytest.mark.parametrize("phi", ["lora", "embedding"])
-def test_unet_evaluations_per_particle_and_step(prior, name, phi, changes, forward, backward):
-    """One call's samples count; only what is learnt from has a graph."""
-    if name == "sds" and phi == "embedding":
-        pytest.skip("SDS has no φ")
-    method = method_of(name, steps=1, **changes, **({} if name == "sds" else {"phi": phi}))
+def test_unet_evaluations_per_particle_and_step(prior, name, changes, with_real, forward, backward):
+    """Those of distill's docstring; only what is learnt from has a graph."""
+    method = method_of(name, steps=1, **changes)
     state = make_state(prior, method, particles=3)
-    unets = {id(net): net for net in (prior.network, getattr(state.phi, "network", prior.network))}
-    with counted(*unets.values()) as counts:
-        go(prior, method, state)
+    real = torch.zeros(1, *prior.shape) if with_real else None
+    unets = [prior.network]
+    if isinstance(state.phi, LoRAPhi):
+        unets.append(state.phi.network)
+    with counted(*unets) as counts:
+        go(prior, method, state, real=real)
     assert counts["forward"] == 3 * forward
     assert counts["backward"] == counts["graph"] == 3 * backward
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("sds", {}), ("vsd", {}), ("asd", {}), ("asd", {"share_noise": True}), ("asd", {"lam": 1.0}),
-    ("asd", {"phi_steps": 3}), ("asd", {"phi_first": True})])
-@pytest.mark.parametrize("real", [False, True])
-def test_the_prior_is_asked_once_a_step(prior, name, changes, real):
-    """Whatever θ and φ need of it, at θ's noise, at φ's and at real samples."""
-    method = method_of(name, steps=2, **changes)
-    state = make_state(prior, method, particles=3)
-    with counted(prior.network) as counts:
-        go(prior, method, state, real=torch.randn(5, *prior.shape, generator=rng(1)) if real
-           else None)
-    assert counts["calls"] == 2
+@pytest.mark.parametrize("pictures", [
+    None, {}, {"real": "source"}, {"real": "real"}, {"fake": "source", "real": "generated"}],
+    ids=str)
+@pytest.mark.parametrize("changes", [{}, {"share_noise": True}, {"phi_steps": 3}, {"lam": 1.0}],
+                         ids=str)
+@pytest.mark.parametrize("with_real", [False, True], ids=["eq10", "eq9"])
+def test_the_prior_is_asked_once_a_step(changes, with_real, pictures):
+    """Whatever θ, φ and, if there is one, the second discriminator need of it."""
+    prior = ElementwisePrior()
+    needs_real = with_real or (pictures or {}).get("real") == "real"
+    run_elementwise(method_of(**changes), particles_with_everything(prior, 3),
+                    second=None if pictures is None else second_of(prior, **pictures),
+                    real=normal(4, 2, 3, 3) if needs_real else None, prior=prior)
+    assert len(prior.batches) == 2
 
 
-def test_what_the_prior_says_has_no_graph(prior):
-    x_t, t, cond = sample(prior)
-    nothing, said = asd.ask(prior, [None, (x_t.requires_grad_(), t, cond)])
-    assert nothing is None and not said.requires_grad
+def test_answers_have_the_names_of_the_questions_and_no_graph():
+    prior = ElementwisePrior()
+    x_t, t = normal(3, 2, 3, 3).requires_grad_(), torch.tensor([1, 500, 900])
+    cond = prior.encode_text(["a", "bb", "ccc"])
+    for micro_batch, batches in ((None, [9]), (2, [6, 3])):
+        prior.batches.clear()
+        one, nothing, two = asd.ask(prior, [
+            {"y": (x_t, t, cond), "uncond": (x_t, t, 0 * cond)}, {}, {"y": (-x_t, t, 2 * cond)}],
+            micro_batch)
+        assert prior.batches == batches and nothing == {}
+        assert one.keys() == {"y", "uncond"} and two.keys() == {"y"}
+        assert torch.equal(one["y"], prior.predict(x_t, t, cond))
+        assert torch.equal(one["uncond"], prior.predict(x_t, t, 0 * cond))
+        assert torch.equal(two["y"], prior.predict(-x_t, t, 2 * cond))
+        assert not one["y"].requires_grad
 
 
-@pytest.mark.parametrize("changes, forward, backward", [
-    ({}, 7, 2), ({"eta": 0.0}, 6, 2), ({"gamma": 0.0}, 6, 2), ({"share_noise": True}, 6, 2)])
-def test_unet_evaluations_with_real_samples(prior, changes, forward, backward):
-    """Eq. 9: φ at both; the prior where η and γ are not zero."""
-    method = method_of(steps=1, **changes)
-    state = make_state(prior, method, particles=3)
-    with counted(prior.network, state.phi.network) as counts:
-        go(prior, method, state, real=torch.zeros(1, *prior.shape))
-    assert counts["forward"] == 3 * forward
-    assert counts["backward"] == counts["graph"] == 3 * backward
+@pytest.mark.parametrize("lam", [5.0, 1.0])
+def test_phi_gets_the_priors_answers(lam):
+    """ε_∅ and ε_y at its x_t; where λ = 1 cancels ε_∅, it is not there."""
+    prior, phi = ElementwisePrior(), ListeningPhi()
+    run_elementwise(method_of("sds", steps=1, lam=lam), Particles(2), phi, prior=prior)
+    (heard,) = phi.heard
+    assert torch.equal(heard.answers["y"], prior.predict(heard.x_t, heard.t, heard.cond))
+    if lam == 1:
+        assert heard.answers.keys() == {"y"}
+        return
+    null = prior.encode_text([""]).expand_as(heard.cond)
+    assert torch.equal(heard.answers["uncond"], prior.predict(heard.x_t, heard.t, null))
 
 
-@pytest.mark.parametrize("micro_batch, forward", [(3, 3), (2, 4)])
-def test_micro_batches_cost_one_evaluation_of_phi(prior, micro_batch, forward):
-    """With shared noise, where they are smaller than the batch: no graph is kept."""
-    state = make_state(prior, method := method_of("asd", steps=1, share_noise=True), particles=3)
-    with counted(prior.network, state.phi.network) as counts:
-        go(prior, method, state, micro_batch)
-    assert counts["forward"] == 3 * forward and counts["backward"] == counts["graph"] == 3
+def test_phi_has_prompts_of_its_own():
+    """What its `prompts` names is asked, too; a "y" among them replaces the loop's in Eq. 7."""
+    class Asking(ListeningPhi):
+        def prompts(self, step, y, null):
+            assert torch.equal(null, torch.zeros_like(y))
+            return {"y": 3 * y, "negative": (step + 1) * y}
+    prior, phi = ElementwisePrior(), Asking()
+    run_elementwise(method_of("sds", steps=2), Particles(2), phi, prior=prior)
+    y = prior.encode_text(["a fox"]).expand(2, -1, -1)
+    for step, heard in enumerate(phi.heard):
+        assert heard.answers.keys() == {"uncond", "y", "negative"}
+        assert torch.equal(heard.cond, 3 * y)
+        for name, cond in (("uncond", 0 * y), ("y", 3 * y), ("negative", (step + 1) * y)):
+            assert torch.equal(heard.answers[name], prior.predict(heard.x_t, heard.t, cond))
+    assert len(prior.batches) == 2
 
 
-def by_hand(prior, phi, theta, random, lam, low=20, high=980):
-    """One draw and the four networks' answers, without asd's own code. -> SimpleNamespace"""
-    t = torch.randint(low, high + 1, (len(theta),), generator=random)
-    eps = torch.randn(theta.shape, generator=random)
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = (1 - betas).cumprod(0).float()[t].view(-1, 1, 1, 1)
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    x_t = alpha * theta + sigma * eps
+# ------------------------------------------------------------- the equations in the loop, by hand
+def predictions_by_hand(prior, phi, x0, t, eps):
+    """α, σ, ε_∅, ε_y and ε_φ, without asd's own code, φ's with its graph. -> SimpleNamespace"""
+    alpha, sigma = (level[t].view(-1, 1, 1, 1) for level in (prior.alphas, prior.sigmas))
+    x_t = alpha * x0 + sigma * eps
+    null, cond = (prior.encode_text([text]).expand(len(t), -1, -1) for text in ("", PROMPT))
 
-    def says(unet, prompt):
-        return unet(x_t, t, prior.encode_text([prompt]).expand(len(t), -1, -1)).sample
+    def predict(unet, cond):
+        output = unet(x_t, t, cond).sample
+        if prior.prediction_type == "v_prediction":
+            output = sigma * x_t + alpha * output
+        return output
     with torch.no_grad():
-        eps_y, eps_uncond = says(prior.network, PROMPT), says(prior.network, "")
-        eps_phi = eps if isinstance(phi, NoisePhi) else says(phi.network, PROMPT)
-    guided = eps_uncond + lam * (eps_y - eps_uncond)
-    return SimpleNamespace(alpha=alpha, sigma=sigma, eps=eps, eps_y=eps_y, eps_phi=eps_phi,
-                           bracket=guided - eps_phi)
+        eps_uncond, eps_y = predict(prior.network, null), predict(prior.network, cond)
+    eps_phi = eps if isinstance(phi, NoisePhi) else predict(phi.network, cond)
+    return SimpleNamespace(alpha=alpha, sigma=sigma, eps_uncond=eps_uncond, eps_y=eps_y,
+                           eps_phi=eps_phi)
+
+
+def draw_by_hand(random, theta, lowest=20, highest=980):
+    t = torch.randint(lowest, highest + 1, (len(theta),), generator=random)
+    return t, torch.randn(theta.shape, generator=random)
 
 
 @pytest.mark.parametrize("name, omega, lam", [
-    ("sds", "sigma2", 5.0), ("vsd", "1", 5.0), ("asd", "sigma2", 1.0), ("asd", "sigma/alpha", 5.0),
-    ("asd", "sigma*alpha", 0.0)])
+    ("sds", "sigma2", 5.0), ("vsd", "1", 5.0), ("asd", "sigma/alpha", 1.0)])
 def test_first_update_is_adam_on_eq7(prior, name, omega, lam):
     method = method_of(name, steps=1, lam=lam, omega=omega, lr=0.03)
     state = make_state(prior, method, particles=2)
     scramble(state.phi)
     theta, random = state.generator.theta.detach().clone(), state.rng.clone_state()
-    hand = by_hand(prior, state.phi, theta, random, lam)
-    weight = {"sigma2": hand.sigma ** 2, "1": 1, "sigma/alpha": hand.sigma / hand.alpha,
-              "sigma*alpha": hand.sigma * hand.alpha}[omega]
-    _, (row,) = go(prior, method, state)
+    t, eps = draw_by_hand(random, theta)
+    hand = predictions_by_hand(prior, state.phi, theta, t, eps)
+    weight = {"sigma2": hand.sigma ** 2, "1": 1, "sigma/alpha": hand.sigma / hand.alpha}[omega]
+    bracket = hand.eps_uncond + lam * (hand.eps_y - hand.eps_uncond) - hand.eps_phi
+    expected = (weight * bracket).detach()
+    _, (metrics,) = go(prior, method, state)
     grad = state.generator.theta.grad
-    torch.testing.assert_close(grad, weight * hand.bracket / 2, rtol=1e-3, atol=1e-5)
-    assert row["loss_G"] == pytest.approx((weight * hand.bracket).norm().item(), rel=1e-3)
+    torch.testing.assert_close(grad, expected / 2, rtol=1e-3, atol=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-3)
     # Adam's first step: −lr · m̂ / (√v̂ + 1e-8) with m̂ = grad, v̂ = grad²
     expected = theta - 0.03 * grad / (grad.abs() + 1e-8)
     torch.testing.assert_close(state.generator.theta.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("share_noise", [False, True])
-@pytest.mark.parametrize("name, gamma", [("vsd", 0.0), ("asd", -1.0), ("asd", 0.5)])
-def test_phi_loss_is_eq10_at_fresh_or_shared_noise(prior, name, gamma, share_noise):
-    """Shared: θ's own t and ε. Fresh: the next draw, over all t."""
-    method = method_of(name, steps=1, lr=1.0, gamma=gamma, share_noise=share_noise)
+@pytest.mark.parametrize("kind, gamma, eta, with_real, share_noise", [
+    ("epsilon", 0.0, 0.5, False, False), ("epsilon", -1.0, 0.5, False, False),
+    ("v_prediction", 0.5, 0.5, False, True), ("epsilon", -1.0, 0.5, True, False),
+    ("v_prediction", 1.0, 0.0, True, True), ("epsilon", 0.0, 2.0, True, True)])
+def test_first_update_of_phi_is_eq10_or_eq9(load, kind, gamma, eta, with_real, share_noise):
+    """Loss and gradient, on x0 as it was before θ's step; one real sample for each particle.
+
+    Shared: θ's own t and ε. Fresh: the next draw, over all t.
+    """
+    prior = load(kind)
+    method = method_of(steps=1, lr=1.0, gamma=gamma, eta=eta, share_noise=share_noise)
     state = make_state(prior, method, particles=2)
     scramble(state.phi)
     theta, random = state.generator.theta.detach().clone(), state.rng.clone_state()
-    hand = by_hand(prior, state.phi, theta, random, 1)
+    t, eps = draw_by_hand(random, theta)
     if not share_noise:
-        hand = by_hand(prior, state.phi, theta, random, 1, 0, 999)
-    # ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖² on x0 as it was before θ's step, the mean over two particles
-    loss = (hand.eps_phi - hand.eps).square() + gamma * (hand.eps_y - hand.eps_phi).square()
-    _, (row,) = go(prior, method, state)
-    assert row["loss_D"] == pytest.approx(loss.sum().item() / 2, rel=1e-4)
-
-
-@pytest.mark.parametrize("share_noise", [False, True])
-@pytest.mark.parametrize("eta, gamma", [(0.5, -1.0), (0.0, 1.0), (2.0, 0.0)])
-def test_phi_loss_is_eq9_where_there_are_real_samples(either, eta, gamma, share_noise):
-    """All four terms, of an ε and a v prior: one real sample for each particle, the same noise."""
-    method = method_of(steps=1, lr=1.0, eta=eta, gamma=gamma, share_noise=share_noise)
-    state = make_state(either, method, particles=2)
-    scramble(state.phi)
-    theta, random = state.generator.theta.detach().clone(), state.rng.clone_state()
-    real = torch.randn(3, *either.shape, generator=rng(3))
-    by = functools.partial(said_by, either, state.phi)
-    t, eps = asd.draw(random, theta, 20, 980)
-    if not share_noise:
-        t, eps = asd.draw(random, theta, 0, 999)
-    chosen = real[torch.randint(3, (2,), generator=random)]
-    (fake_y, fake_phi), (real_y, real_phi) = by(theta, t, eps), by(chosen, t, eps)
-    loss = (fake_phi - eps).square() - (real_phi - eps).square() \
-        + eta * (real_y - real_phi).square() + gamma * (fake_y - fake_phi).square()
-    loss.sum().div(2).backward()
+        t, eps = draw_by_hand(random, theta, 0, 999)
+    fake = predictions_by_hand(prior, state.phi, theta, t, eps)
+    # Eq. 10: ‖ε_φ − ε‖² + γ ‖ε_y − ε_φ‖², the mean over two particles
+    loss = (fake.eps_phi - eps).square() + gamma * (fake.eps_y - fake.eps_phi).square()
+    pictures = torch.randn(3, *prior.shape, generator=rng(3)) if with_real else None
+    if with_real:
+        chosen = pictures[torch.randint(3, (2,), generator=random)]
+        real = predictions_by_hand(prior, state.phi, chosen, t, eps)
+        # Eq. 9 has − ‖ε_{x^r;φ} − ε‖² + η ‖ε_{x^r;y} − ε_{x^r;φ}‖² besides
+        loss = loss - (real.eps_phi - eps).square() + eta * (real.eps_y - real.eps_phi).square()
+    (loss.sum() / 2).backward()
     expected = [p.grad.clone() for p in trainable(state.phi).values()]
-    state.opt_phi.zero_grad()
-    _, (row,) = go(either, method, state, real=real)
-    assert row["loss_D"] == pytest.approx(loss.sum().item() / 2, rel=1e-3)
+    _, (metrics,) = go(prior, method, state, real=pictures)
+    assert metrics["loss_D"] == pytest.approx(loss.sum().item() / 2, rel=1e-3)
     found = [p.grad for p in trainable(state.phi).values()]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def said_by(prior, phi, x0, t, eps):
-    """(ε_y, ε_φ) at x0 with the noise eps, without asd's own code, φ's with its graph."""
-    alpha, sigma = (v.view(-1, 1, 1, 1) for v in (prior.alphas[t], prior.sigmas[t]))
-    x_t, cond = alpha * x0 + sigma * eps, prior.encode_text([PROMPT]).expand(len(t), -1, -1)
-    y, of_phi = (unet(x_t, t, cond).sample for unet in (prior.network, phi.network))
-    if prior.prediction_type == "v_prediction":
-        y, of_phi = (sigma * x_t + alpha * v for v in (y, of_phi))
-    return y, of_phi
+def test_the_second_gradient_is_subtracted():
+    """Eq. 11: Eq. 7 of (y, φ_y) at the edit minus Eq. 7 of (z, φ_z) at the source picture."""
+    prior = ElementwisePrior()
+    generator, second = particles_with_everything(prior, 2), second_of(prior)
+    method = method_of(steps=1, lam=5.0)
+    phi, fields, theta = ElementwisePhi(prior, 0.1), generator.fields, generator.theta.detach()
+    t, eps = asd.draw_noise(rng(), theta, 20, 980)
+    alpha, sigma = prior.alpha_sigma(t)
+    brackets = []
+    for x0, cond, a in ((theta, fields["cond"], 0.1),
+                        (fields["source"], fields["source_cond"], 0.2)):
+        x_t = alpha * x0 + sigma * eps
+        eps_uncond, eps_y = (prior.predict(x_t, t, c) for c in (0 * cond, cond))
+        seen = x_t + 1 + fields["camera"].mean(1).view(-1, 1, 1, 1)
+        brackets.append(eps_uncond + 5 * (eps_y - eps_uncond) - (eps_y + a * seen))
+    state, (metrics,) = run_elementwise(method, generator, phi, second, prior=prior)
+    expected = brackets[0] - brackets[1]
+    torch.testing.assert_close(state.generator.theta.grad, expected / 2, rtol=1e-12, atol=1e-12)
+    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-12)
 
 
-def test_phi_moves_away_from_real_samples(prior):
-    """Eq. 9 at η = 0: the real samples' noise is what φ unlearns, the fake ones' what it learns."""
-    method = method_of(steps=1, gamma=0.0, eta=0.0, phi_lr=3e-3)
-    fake, real = torch.randn(2, 1, *prior.shape, generator=rng(5)).mul(3)
-    state = make_state(prior, method)
-    d = asd.Discriminator(state.phi, prior.encode_text([PROMPT]), 0.0, 0.0, real=real)
-    t, eps = torch.tensor([500]), torch.randn(1, *prior.shape, generator=rng(6))
-    u = asd.Update(t, eps, None, *(asd.add_noise(x0, eps, *prior.alpha_sigma(t))
-                                   for x0 in (fake, real)))
-
-    def errors():
-        with torch.no_grad():
-            return [(said_by(prior, state.phi, x0, t, eps)[1] - eps).square().sum()
-                    for x0 in (fake, real)]
-    before = errors()
-    for _ in range(10):
-        asd.discriminator_step(state, method, d, u, None)
-    after = errors()
-    assert after[0] - after[1] < before[0] - before[1] - 1
+def test_lam_phi_is_guidance_inside_phi():
+    """ε_φ(∅) + λ_φ (ε_φ(y) − ε_φ(∅)) in Eqs. 7, 9 and 10: as of a φ that does it itself."""
+    class Guided(ElementwisePhi):
+        def forward(self, x_t, t, cond, *rest):
+            without = super().forward(x_t, t, torch.zeros_like(cond), *rest)
+            return without + 3.0 * (super().forward(x_t, t, cond, *rest) - without)
+    for real, changes in ((None, {}), (normal(4, 2, 3, 3), {"share_noise": True})):
+        one, _ = run_elementwise(method_of(lam_phi=3.0, **changes), Particles(2), real=real)
+        two, _ = run_elementwise(method_of(**changes), Particles(2), real=real,
+                                 phi=Guided(ElementwisePrior(), 0.1))
+        assert torch.equal(one.generator.theta, two.generator.theta)
+        assert torch.equal(one.phi.a, two.phi.a)
 
 
-@pytest.mark.parametrize("kind", [LoRAPhi, EmbeddingPhi])
-def test_checkpointing_of_phi_is_not_the_priors(prior, kind):
-    """Its own view of the network recomputes, in the same storage and to the same bits."""
-    x_t, t, cond = sample(prior)
-    phis = [kind(prior, PROMPT, checkpointing=on) for on in (False, True)]
-    one, two = (phi(x_t, t, cond, None) for phi in phis)
-    assert torch.equal(one, two)
-    assert not any(getattr(m, "gradient_checkpointing", False) for m in prior.network.modules())
-    assert any(getattr(m, "gradient_checkpointing", False) for m in phis[1].modules())
-    assert {p.data_ptr() for p in prior.network.parameters()} <= \
-        {p.data_ptr() for p in phis[1].parameters()}
+def test_kappa_is_logged_where_eq10_has_a_minimiser():
+    """κ = (1 + γ) ⟨ε_φ − ε_y, ε − ε_y⟩ / ‖ε − ε_y‖² at θ's draw, the mean over the samples."""
+    prior, theta = ElementwisePrior(), Particles(3).theta.detach()
+    cond = prior.encode_text(["a fox"]).expand(3, -1, -1)
+    t, eps = asd.draw_noise(rng(), theta, 20, 980)
+    alpha, sigma = prior.alpha_sigma(t)
+    x_t = alpha * theta + sigma * eps
+    eps_y, lag = prior.predict(x_t, t, cond), 0.1 * (x_t + 1)
+    way = eps - eps_y
+    share = (lag * way).sum((1, 2, 3)) / way.square().sum((1, 2, 3))
+    for gamma, share_noise in ((-0.5, False), (0.0, True), (2.0, False)):
+        method = method_of(steps=1, gamma=gamma, share_noise=share_noise)
+        _, (metrics,) = run_elementwise(method, Particles(3))
+        assert metrics["kappa"] == pytest.approx((1 + gamma) * share.mean().item(), rel=1e-9)
+    for method in (method_of("asd", steps=1, gamma=-1.0), method_of("sds", steps=1)):
+        _, (metrics,) = run_elementwise(method, Particles(3))
+        assert "kappa" not in metrics                    # no minimiser; nothing that trains
 
 
-def test_phi_is_told_lam_phi(prior):
-    """ε_φ is guided inside φ by λ_φ, in Eq. 7 and in Eq. 10."""
-    x_t, t, cond = sample(prior)
-    null, phi = prior.encode_text([""]), scramble(LoRAPhi(prior))
-    with torch.no_grad():
-        with_y, without = phi(x_t, t, cond, None), phi(x_t, t, null.expand(2, -1, -1), None)
-        for lam_phi in (0.0, 1.0, 3.0):
-            guided = asd.predict_phi(phi, x_t, t, cond, null, None, lam_phi=lam_phi)
-            torch.testing.assert_close(guided, without + lam_phi * (with_y - without))
+def test_gamma_bound_is_logged_with_real_samples():
+    """−η E‖ε_{x^r;y} − ε_{x^r;φ}‖² / E‖ε_{x^g;y} − ε_{x^g;φ}‖² at φ's draw; a γ below it warns."""
+    prior, theta, random = ElementwisePrior(), Particles(3).theta.detach(), rng()
+    asd.draw_noise(random, theta, 20, 980)                     # θ's
+    t, eps = asd.draw_noise(random, theta, 0, 999)
+    pictures = 3 + normal(5, 2, 3, 3)
+    chosen = pictures[torch.randint(5, (3,), generator=random)]
+    alpha, sigma = prior.alpha_sigma(t)
+    fake, real = ((0.1 * (alpha * x0 + sigma * eps + 1)).square().sum() for x0 in (theta, chosen))
+    bound = -0.5 * (real / fake).item()
+    _, (metrics,) = run_elementwise(method_of(steps=1, gamma=bound + 0.1), Particles(3),
+                                    real=pictures)
+    assert metrics["gamma_bound"] == pytest.approx(bound, rel=1e-9)
+    with pytest.warns(UserWarning, match="below the bound"):
+        run_elementwise(method_of(steps=1, gamma=bound - 0.1), Particles(3), real=pictures)
+    for method, real in ((method_of(steps=1), None), (method_of("sds", steps=1), pictures),
+                         (method_of(steps=1, gamma=0.0), pictures)):       # holds in any case
+        assert "gamma_bound" not in run_elementwise(method, Particles(3), real=real)[1][0]
 
 
-@pytest.mark.parametrize("lam", [5.0, 1.0])
-def test_phi_is_told_what_the_prior_says(prior, lam):
-    """ε_∅ and ε_y at its x_t; where λ = 1 does not need ε_∅, ε_y stands for it."""
-    heard = []
-
-    class Listening(NoisePhi):
-        def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
-            heard.append((x_t, t, cond, eps_uncond, eps_y))
-            return eps
-    go(prior, method_of("sds", steps=1, lam=lam), phi=Listening(), particles=2)
-    (x_t, t, cond, eps_uncond, eps_y), = heard
-    null = prior.encode_text([""]).expand_as(cond)
-    torch.testing.assert_close(eps_y, prior.eps(x_t, t, cond))
-    torch.testing.assert_close(eps_uncond, eps_y if lam == 1 else prior.eps(x_t, t, null))
+def test_metrics_of_a_step():
+    """The names, and numbers only."""
+    _, logs = run_elementwise(method_of(gamma=-0.5), real=normal(4, 2, 3, 3))
+    for metrics in logs:
+        assert metrics.keys() == {"grad_norm", "loss_D", "seconds", "kappa", "gamma_bound"}
+        assert all(type(number) is float for number in metrics.values())
 
 
-def test_draws_reach_both_ends(prior):
-    x0 = torch.zeros(200, *prior.shape)
-    t, eps = asd.draw(rng(), x0, 3, 5)
-    assert set(t.tolist()) == {3, 4, 5} and abs(eps.std() - 1) < 0.02
+# ------------------------------------------------------------------------------------ randomness
+def test_draws_reach_both_ends():
+    x0 = torch.zeros(200, 2, 3, 3)
+    t, eps = asd.draw_noise(rng(), x0, 3, 5)
+    assert set(t.tolist()) == {3, 4, 5} and abs(eps.std() - 1) < 0.03
     assert len(eps[:, 0, 0, 0].unique()) == 200         # each particle has its own
-    go(prior, method_of("sds", t_min=1.0, t_max=1.0, t_late=1.0), particles=2)   # T − 1
+    assert asd.range_of_t(method_of(t_min=1.0, t_max=1.0, t_late=1.0), 0, 1000) == (999, 999)
 
 
 @pytest.mark.parametrize("changes, highest", [
     ({}, [980, 980, 500, 500]), ({"t_late": 0.25}, [980, 500, 500, 500]),
     ({"t_late": 1.0}, [980] * 4), ({"t_max": 0.3}, [300] * 4)])
-def test_t_turns_late(prior, monkeypatch, changes, highest):
-    """θ's between t_min and t_max or t_max_late, φ's everywhere."""
-    asked, draw = [], asd.draw
-    monkeypatch.setattr(asd, "draw", lambda *args: asked.append(args[2:]) or draw(*args))
-    go(prior, method_of(steps=4, **changes))
-    assert asked == [bounds for high in highest for bounds in ((20, high), (0, 999))]
+def test_t_turns_late(changes, highest):
+    method = method_of(steps=4, **changes)
+    assert [asd.range_of_t(method, step, 1000) for step in range(4)] == [(20, t) for t in highest]
 
 
-def test_each_update_of_phi_has_its_own_draw(prior, monkeypatch):
-    drawn, draw = [], asd.draw
-    monkeypatch.setattr(asd, "draw", lambda *args: drawn.append(draw(*args)) or drawn[-1])
-    go(prior, method_of("vsd", steps=1, phi_steps=3))
-    assert len(drawn) == 4 and len({eps.sum().item() for _, eps in drawn}) == 4
+def test_each_update_of_phi_has_its_own_draw(monkeypatch):
+    """θ's between t_min and t_max or t_max_late, φ's everywhere; with shared noise only θ's."""
+    draw = asd.draw_noise
+    for share_noise, per_step in ((False, [(0, 999)] * 2), (True, [])):
+        ranges, drawn = [], []
+
+        def noted(random, x0, lowest, highest, ranges=ranges, drawn=drawn):
+            ranges.append((lowest, highest))
+            drawn.append(draw(random, x0, lowest, highest))
+            return drawn[-1]
+        monkeypatch.setattr(asd, "draw_noise", noted)
+        run_elementwise(method_of("vsd", phi_steps=2, share_noise=share_noise))
+        assert ranges == [(20, 980), *per_step, (20, 500), *per_step]
+        assert len({eps.sum().item() for _, eps in drawn}) == len(ranges)
 
 
-def test_the_regulariser_is_added(prior):
-    class Held(Latents):
-        def regulariser(self):
-            return 3 * self.theta.sum()
-    free, held = (go(prior, method_of("sds", steps=1), generator=kind(prior, 2, rng()))[0]
-                  for kind in (Latents, Held))
-    torch.testing.assert_close(held.generator.theta.grad, free.generator.theta.grad + 3)
+def test_fixed_noise_is_that_of_the_first_step():
+    """θ's ε; t is still drawn."""
+    phi = ListeningPhi()
+    state, _ = run_elementwise(method_of("sds", steps=4, fixed_noise=True), Particles(2), phi)
+    assert all(torch.equal(heard.eps, phi.heard[0].eps) for heard in phi.heard)
+    assert torch.equal(state.eps, phi.heard[0].eps)
+    assert len({tuple(heard.t.tolist()) for heard in phi.heard}) > 1
 
 
-def test_a_gradient_of_phi_that_is_not_finite_ends_the_run(prior, monkeypatch):
-    method = method_of()
-    state = make_state(prior, method)
-    before, loss = copy.deepcopy(trainable(state.phi)), asd.discriminator_loss_text
-    monkeypatch.setattr(asd, "discriminator_loss_text", lambda eps, here, *rest:
-                        loss(eps, here, *rest) + (0 * here.sum()).abs().sqrt())
-    with pytest.raises(FloatingPointError, match="discriminator's gradient .*step 0"):
-        go(prior, method, state)
-    assert same(trainable(state.phi), before)
+@pytest.mark.parametrize("changes", [{}, {"phi": "embedding", "share_noise": True}])
+def test_a_seed_fixes_every_bit(prior, changes):
+    ends = []
+    for seed, noise in ((0, 1), (0, 2), (3, 1)):
+        torch.manual_seed(noise)                        # the global generator plays no part
+        before = torch.get_rng_state()
+        state, _ = go(prior, method_of(**changes), seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        ends.append(copy.deepcopy(tensors(state)))
+    assert same(ends[0], ends[1])
+    assert not torch.equal(ends[0]["theta.0"], ends[2]["theta.0"])
 
 
-def test_micro_batches_keep_what_belongs_together(prior):
-    """Every picture its own prompt and camera."""
-    cond = prior.encode_text([PROMPT, "a blue fox", "a red fox"])
-    method, results = method_of(steps=1), []
-    for size in (None, 2, 1):
-        phi = scramble(LoRAPhi(prior, camera=16))
-        state = make_state(prior, method, phi=phi, generator=Views(
-            prior, cond, torch.randn(3, 16, generator=rng())))
-        go(prior, method, state, size)
-        results.append([state.generator.theta.grad, *(p.grad for p in trainable(phi).values())])
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=2e-3, atol=1e-3)
-
-
-def test_equal_particles_part(prior):
-    images = torch.rand(1, 3, 16, 16, generator=rng())
-    method = method_of("sds", steps=1, t_min=0.5, t_max=0.5)         # so that ε alone differs
-    state, _ = go(prior, method, generator=Latents(prior, 2, images=images))
-    a, b = state.generator.theta.detach()
-    assert not torch.equal(a, b)
-
-
-@pytest.mark.parametrize("changes, expected", [
-    ({}, "θφθφ"), ({"phi_first": True}, "φθφθ"), ({"phi_steps": 2}, "θφφθφφ"),
-    ({"phi_first": True, "phi_steps": 2}, "φφθφφθ")])
-def test_order_of_updates(prior, changes, expected):
+# ------------------------------------------------------------------------------ the two optimisers
+@pytest.mark.parametrize("changes, expected", [({}, "θφθφ"), ({"phi_steps": 2}, "θφφθφφ")])
+def test_order_of_updates(changes, expected):
     method, order = method_of(**changes), []
-    state = make_state(prior, method)
+    generator, prior = Particles(), ElementwisePrior()
+    state = State(generator, ElementwisePhi(prior), method, rng())
     state.opt_theta.register_step_post_hook(lambda *_: order.append("θ"))
     state.opt_phi.register_step_post_hook(lambda *_: order.append("φ"))
-    go(prior, method, state)
+    asd.distill(prior, generator, prior.encode_text([""]), method, state=state)
     assert "".join(order) == expected
 
 
-@pytest.mark.parametrize("lr_end, parts", [(1.0, [1, 1, 1, 1]), (0.2, [1, 0.8829, 0.6, 0.3172]),
-                                           (0.0, [1, 0.8536, 0.5, 0.1464])])
-def test_rate_falls_along_a_cosine(prior, lr_end, parts):
-    """Each group's from its own rate; 0.2 + 0.8 (1 + cos(π step / 4)) / 2; φ's stays. Gone on with
-    after two steps, too."""
-    seen = []
-
-    class Two(Latents):
-        def parameter_groups(self, lr):
-            return [{"params": [self.theta]}, {"params": [torch.nn.Parameter(torch.zeros(1))],
-                                               "lr": lr / 10}]
-
-    def note(optimizer, *_):
-        seen.append([group["lr"] for group in optimizer.param_groups])
-
-    class Stop(Exception):
-        pass
-
-    def stop(state, _):
-        if state.step == 2 and len(seen) == 2:
-            raise Stop
-
-    method = method_of(steps=4, lr=0.1, lr_end=lr_end, phi_lr=0.3)
-    first = make_state(prior, method, generator=Two(prior, 2, rng()))
-    first.opt_theta.register_step_pre_hook(note)
-    with pytest.raises(Stop):
-        asd.distill(prior, first.generator, prior.encode_text([PROMPT]), method, state=first,
-                    callback=stop)
-    state = make_state(prior, method, generator=Two(prior, 2, rng()))
-    load_tensors(state, copy.deepcopy(tensors(first)), 2)
-    state.opt_theta.register_step_pre_hook(note)
-    go(prior, method, state)
-    expected = torch.tensor(parts)[:, None] * torch.tensor([0.1, 0.01])
-    torch.testing.assert_close(torch.tensor(seen), expected, atol=1e-5, rtol=0)
-    assert [group["lr"] for group in state.opt_phi.param_groups] == [0.3]
-
-
-@pytest.mark.parametrize("phi", ["lora", "embedding"])
-@pytest.mark.parametrize("share_noise", [False, True])
-@pytest.mark.parametrize("phi_first", [False, True])
-def test_steps_leave_each_others_gradients_none(prior, phi, share_noise, phi_first):
-    method = method_of(phi=phi, share_noise=share_noise, phi_first=phi_first)
+@pytest.mark.parametrize("phi, share_noise", [("lora", False), ("lora", True), ("embedding", True)])
+def test_steps_leave_each_others_gradients_none(prior, phi, share_noise):
+    method = method_of(phi=phi, share_noise=share_noise)
     state, found = make_state(prior, method), []
     theta, others = state.generator.theta, list(trainable(state.phi).values())
 
@@ -1093,84 +1231,203 @@ def test_steps_leave_each_others_gradients_none(prior, phi, share_noise, phi_fir
     assert found == [True] * 4
 
 
-def test_phi_steps_by_adamw_without_decay(prior):
+class TwoRates(Particles):
+    """A second parameter, of a tenth of the rate, which no gradient reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Parameter(torch.zeros(1))
+
+    def parameter_groups(self, lr):
+        return [{"params": [self.theta]}, {"params": [self.other], "lr": lr / 10}]
+
+
+@pytest.mark.parametrize("lr_end, parts", [(1.0, [1, 1, 1, 1]), (0.2, [1, 0.8829, 0.6, 0.3172]),
+                                           (0.0, [1, 0.8536, 0.5, 0.1464])])
+def test_rate_falls_along_a_cosine(lr_end, parts):
+    """Each group's from its own rate: 0.2 + 0.8 (1 + cos(π step / 4)) / 2; φ's stays.
+
+    A run that goes on after two steps goes on where it was.
+    """
+    method = method_of(steps=4, lr=0.1, lr_end=lr_end, phi_lr=0.3)
+    rates = []
+
+    def note(optimizer, *_):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    first, _ = run_elementwise(replace(method, steps=2), TwoRates())
+    prior, generator = ElementwisePrior(), TwoRates()
+    for step in (0, 2):
+        state = State(generator, ElementwisePhi(prior), method, rng())
+        if step:
+            load_tensors(state, copy.deepcopy(tensors(first)), step)
+        state.opt_theta.register_step_pre_hook(note)
+        asd.distill(prior, generator, prior.encode_text([""]), method, state=state)
+    expected = torch.tensor(parts + parts[2:])[:, None] * torch.tensor([0.1, 0.01])
+    torch.testing.assert_close(torch.tensor(rates), expected, atol=1e-5, rtol=0)
+    assert [group["lr"] for group in state.opt_phi.param_groups] == [0.3]
+
+
+def test_phi_steps_by_adamw_without_decay():
     """Of its first gradient g, however small: −lr · g / (|g| + 1e-8)."""
-    state = make_state(prior, method_of(phi_lr=0.1))
-    before = copy.deepcopy(trainable(scramble(state.phi)))
-    for p in trainable(state.phi).values():
-        p.grad = torch.full_like(p, 1e-7)
-    state.opt_phi.step()
-    for name, p in trainable(state.phi).items():
-        torch.testing.assert_close(p, before[name] - 0.1 * 1e-7 / 1.1e-7, rtol=0, atol=1e-5)
+    phi = ElementwisePhi(ElementwisePrior(), 0.5)
+    optimizer = asd.phi_optimizer(phi.parameters(), method_of(phi_lr=0.1))
+    phi.a.grad = torch.full_like(phi.a, 1e-7)
+    optimizer.step()
+    expected = torch.full_like(phi.a, 0.5 - 0.1 * 1e-7 / 1.1e-7)
+    torch.testing.assert_close(phi.a.detach(), expected, rtol=1e-12, atol=0)
+    assert asd.phi_optimizer(NoisePhi().parameters(), method_of()) is None
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_noise": True}, {"phi": "embedding"},
-                                     {"phi_first": True, "lam_phi": 2.0}, {"lam": 1.0}])
-def test_micro_batches_change_nothing(prior, changes):
-    method, results = method_of(steps=1, lr=1.0, **changes), []
-    for micro_batch in (None, 2, 1):
-        state = make_state(prior, method, particles=3)
-        scramble(state.phi)
-        _, (row,) = go(prior, method, state, micro_batch)
-        grads = [p.grad for p in trainable(state.phi).values()]
-        results.append((row["loss_D"], row["loss_G"], state.generator.theta.grad, *grads))
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=2e-3, atol=1e-3)
+def test_the_regulariser_is_added():
+    """With all samples at once, and by micro-batches."""
+    class Held(Particles):
+        def regulariser(self):
+            return 3 * self.theta.sum()
+    method = method_of("sds", steps=1)
+    free, _ = run_elementwise(method, Particles(3))
+    for micro_batch in (None, 2):
+        held, _ = run_elementwise(method, Held(3), micro_batch=micro_batch)
+        torch.testing.assert_close(held.generator.theta.grad, free.generator.theta.grad + 3)
 
 
-def test_micro_batch_bounds_each_question(prior):
-    state, sizes = make_state(prior, method_of(), particles=5), ([], [])
-    for unet, seen in zip((prior.network, state.phi.network), sizes):
-        unet.register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.append(len(args[0])))
-    go(prior, method_of(share_noise=True, steps=1), state, micro_batch=2)
-    prior.network._forward_pre_hooks.clear()
-    assert sizes == ([4, 4, 2], 2 * [2, 2, 1])     # the prior: ε_∅ and ε_y; φ: for θ, then to learn
+# ---------------------------------------------------------------- micro-batches and processes
+@pytest.mark.parametrize("pictures", [
+    None, {}, {"real": "source"}, {"real": "real"}, {"fake": "source", "real": "generated"}],
+    ids=str)
+@pytest.mark.parametrize("with_real", [False, True], ids=["eq10", "eq9"])
+def test_micro_batches_change_nothing(with_real, pictures):
+    """θ, both φ and the metrics, of particles that have a prompt, a camera and a source each."""
+    needs_real = with_real or (pictures or {}).get("real") == "real"
+    real = normal(4, 2, 3, 3) if needs_real else None
+    for changes in ({}, {"share_noise": True}, {"phi_steps": 2, "lam_phi": 2.0}, {"lam": 1.0},
+                    {"gamma": 0.5}, {"gamma": 0.0, "eta": 0.0}):
+        ends = []
+        for micro_batch in (None, 2, 1):
+            prior = ElementwisePrior()
+            second = None if pictures is None else second_of(prior, **pictures)
+            state, logs = run_elementwise(method_of(steps=3, **changes),
+                                          particles_with_everything(prior, 3), second=second,
+                                          real=real, micro_batch=micro_batch, prior=prior)
+            ends.append([state.generator.theta, *(p for group in state.opt_phi.param_groups
+                                                  for p in group["params"]),
+                         torch.tensor([[log[name] for name in sorted(log) if name != "seconds"]
+                                       for log in logs])])
+        for end in ends[1:]:
+            torch.testing.assert_close(end, ends[0], rtol=1e-9, atol=1e-10)
 
 
-def test_phi_learns_from_all_particles(prior):
-    """Its gradient is the mean of those of the particles alone."""
-    method, grads = method_of(steps=1, lr=0.0), []
-    cond = prior.encode_text([PROMPT])
-    null = prior.encode_text([""])
-    state = make_state(prior, method, particles=3)
-    x0, (t, eps) = state.generator().detach(), asd.draw(rng(), torch.zeros(3, *prior.shape), 0, 999)
-    for part in (slice(3), slice(0, 1), slice(1, 2), slice(2, 3)):
-        phi = scramble(LoRAPhi(prior))
-        alone = State(state.generator, phi, method, rng())
-        x_t = asd.add_noise(x0[part], eps[part], *prior.alpha_sigma(t[part]))
-        y = cond.expand(len(x_t), -1, -1)
-        u = asd.Update(t[part], eps[part], None, x_t, fake_y=prior.eps(x_t, t[part], y))
-        asd.discriminator_step(alone, method, asd.Discriminator(phi, y), u, null)
-        grads.append(torch.cat([p.grad.flatten() for p in trainable(phi).values()]))
-    torch.testing.assert_close(grads[0], sum(grads[1:]) / 3, rtol=1e-3, atol=1e-4)
+def test_micro_batches_of_shared_noise():
+    """One sample at a time bounds every call; θ's ε_φ is then computed anew, for φ's loss."""
+    prior = ElementwisePrior()
+    phi = ElementwisePhi(prior, 0.1)
+    run_elementwise(method_of(share_noise=True, steps=1), Particles(5), phi, micro_batch=2,
+                    prior=prior)
+    assert prior.batches == [4, 4, 2]                    # ε_∅ and ε_y
+    assert [len(heard.x_t) for heard in phi.heard] == [2, 2, 1] * 2
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("sds", {}), ("vsd", {}), ("asd", {}), ("asd", {"phi": "embedding", "share_noise": True})])
-def test_a_seed_fixes_every_bit(prior, name, changes):
-    runs = []
-    for seed, noise in ((0, 1), (0, 2), (3, 1)):
-        torch.manual_seed(noise)                        # the global generator plays no part
-        before = torch.get_rng_state()
-        state, _ = go(prior, method_of(name, **changes), seed=seed)
-        assert torch.equal(torch.get_rng_state(), before)
-        runs.append(copy.deepcopy(tensors(state)))
-    assert same(runs[0], runs[1])
-    assert not torch.equal(runs[0]["theta.0"], runs[2]["theta.0"])
+def test_a_phi_that_compares_all_samples_gets_them_at_once():
+    """Whatever the micro-batch, which still bounds the prior's calls."""
+    class Comparing(ListeningPhi):
+        whole = True
+    prior, phi = ElementwisePrior(), Comparing()
+    run_elementwise(method_of("sds", steps=1), Particles(5), phi, micro_batch=2, prior=prior)
+    assert [len(heard.x_t) for heard in phi.heard] == [5] and prior.batches == [4, 4, 2]
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
-def test_the_loop_has_gradients_under_no_grad(prior, around):
+PROCESS_CASES = {                              # of the loop, and whether there are real samples
+    "asd": ({}, False), "asd with real samples": ({"phi_steps": 2}, True),
+    "vsd, shared noise": ({"gamma": 0.0, "share_noise": True}, False)}
+
+
+def run_process_case(changes, with_real, micro_batch=None):
+    """12 steps of five particles with a regulariser. -> {name: tensor}, of the metrics, too"""
+    prior = ElementwisePrior()
+    generator = particles_with_everything(prior, 5)
+    generator.regulariser = lambda: generator.theta.square().mean()
+    state, logs = run_elementwise(method_of(steps=12, **changes), generator, prior=prior,
+                                  real=normal(4, 2, 3, 3) if with_real else None,
+                                  micro_batch=micro_batch)
+    metrics = torch.tensor([[log["grad_norm"], log["loss_D"]] for log in logs])
+    return tensors(state) | {"metrics": metrics.double()}
+
+
+def run_in_a_process(rank, world, folder, tiny):
+    """Each case as one of `world` processes -> folder/{case}-{world}-{rank}.safetensors."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}",
+                                         rank=rank, world_size=world)
+    for name, (changes, with_real) in PROCESS_CASES.items():
+        end = run_process_case(changes, with_real, micro_batch=2)
+        save_file(end, f"{folder}/{name}-{world}-{rank}.safetensors")
+    if tiny is not None:
+        state, _ = go(tiny, method_of(steps=2), particles=2)
+        save_file(tensors(state), f"{folder}/tiny-sd-{world}-{rank}.safetensors")
+    if world > 1:
+        class Undivided(Particles):
+            def __init__(self):
+                super().__init__(4)
+                del self.batch
+        whole = NoisePhi()
+        whole.whole = True
+        for words, generator, phi in (
+                ("`batch` and forward", Undivided(), None),
+                ("too many for 1 samples", Particles(1), None),
+                ("compares all samples", Particles(4), whole)):
+            with pytest.raises(ValueError, match=words):
+                run_elementwise(method_of("sds"), generator, phi)
+    torch.distributed.destroy_process_group()
+
+
+def start_processes(folder):
+    """1, 2 and 4 processes, forked by an interpreter that has not yet computed a gradient."""
+    torch.set_num_threads(1)
+    tiny = None
+    if (HERE / "tiny/sd/unet").is_dir():
+        tiny = Prior.from_pretrained("tiny-sd", "cpu")
+        LoRAPhi(tiny)                          # so that its imports are made once
+    for world in (1, 2, 4):
+        torch.multiprocessing.start_processes(
+            run_in_a_process, (world, folder, tiny if world < 4 else None), world,
+            start_method="fork")
+
+
+def test_the_number_of_processes_changes_only_rounding(tmp_path):
+    """1, 2 and 4 that share five samples, by micro-batches; all of them end in the same State.
+
+    And two of tiny-sd.
+    """
+    program = f"import test_distill; test_distill.start_processes({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=HERE, check=True, timeout=120)
+
+    def end_of(name, world, rank=0):
+        return load_file(tmp_path / f"{name}-{world}-{rank}.safetensors")
+    for name, case in PROCESS_CASES.items():
+        alone = run_process_case(*case)
+        for world in (1, 2, 4):
+            ends = [end_of(name, world, rank) for rank in range(world)]
+            assert all(same(end, ends[0]) for end in ends)
+            for part in ("theta.0", "phi.0", "metrics"):
+                torch.testing.assert_close(ends[0][part], alone[part], rtol=1e-10, atol=1e-10)
+            assert torch.equal(ends[0]["rng"], alone["rng"])
+    if (HERE / "tiny/sd/unet").is_dir():
+        one, two, other = end_of("tiny-sd", 1), end_of("tiny-sd", 2), end_of("tiny-sd", 2, 1)
+        assert same(two, other)
+        torch.testing.assert_close(two["theta.0"], one["theta.0"], rtol=0, atol=1e-4)
+
+
+# ------------------------------------------------------------------------- distill's own behaviour
+def test_the_loop_has_gradients_under_no_grad(prior):
     """The same bits, whatever the caller has switched off, and whatever its default dtype is."""
-    states = [make_state(prior, method_of()) for _ in range(3)]
+    states = [make_state(prior, method_of()) for _ in range(4)]
     go(prior, method_of(), states[0])
+    with torch.no_grad():
+        go(prior, method_of(), states[1])
     cond = prior.encode_text([PROMPT])
-    with around():
-        asd.distill(prior, states[1].generator, cond, method_of(), state=states[1])
+    with torch.inference_mode():
+        asd.distill(prior, states[2].generator, cond, method_of(), state=states[2])
     torch.set_default_dtype(torch.float64)
     try:
-        go(prior, method_of(), states[2])
+        go(prior, method_of(), states[3])
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(same(tensors(state), tensors(states[0])) for state in states)
@@ -1185,130 +1442,163 @@ def test_distill_makes_phi_and_state_itself(prior, monkeypatch):
     state = State(Latents(prior, 1, rng(7)), LoRAPhi(prior, seed=4), row, rng(4))
     ends.append(asd.distill(prior, state.generator, cond, row, state=state))
     assert ends[0].step == 2 and isinstance(ends[0].phi, LoRAPhi)
-    mine, other = LoRAPhi(prior, rank=1), asd.Discriminator(NoisePhi(), cond)
-    given = asd.distill(prior, Latents(prior), cond, row, phi=mine, second=other,
-                        real=(real := torch.zeros(1, *prior.shape)))
-    assert given.phi is mine and given.second is other and given.real is real
     assert all(same(tensors(end), tensors(state)) for end in ends)
 
 
+def test_distill_takes_phi_second_and_real():
+    prior = ElementwisePrior()
+    phi, second, real = ElementwisePhi(prior), second_of(prior), normal(1, 2, 3, 3)
+    state = asd.distill(prior, particles_with_everything(prior, 2), prior.encode_text([""]),
+                        method_of(steps=1), phi=phi, second=second, real=real)
+    assert state.phi is phi and state.second is second and state.real is real
+
+
+@pytest.mark.parametrize("cond", ["a fox", ["a fox"], torch.zeros(2, 3)], ids=str)
+def test_cond_is_embeddings(cond):
+    with pytest.raises(ValueError, match="prompt embeddings"):
+        asd.distill(ElementwisePrior(), Particles(), cond, "sds")
+
+
+@pytest.mark.parametrize("prompts, samples", [(2, 3), (3, 2), (2, 1)])
+def test_prompts_fit_the_samples(prompts, samples):
+    prior = ElementwisePrior()
+    with pytest.raises(ValueError, match=f"{prompts} prompts for {samples} samples"):
+        asd.distill(prior, Particles(samples), prior.encode_text(["a fox"] * prompts), "sds")
+
+
+def test_x0_has_a_batch():
+    class Single(Particles):
+        def forward(self):
+            return self.theta[0]
+    with pytest.raises(ValueError, match=r"\[B, C, H, W\], not \[2, 3, 3\]"):
+        run_elementwise(method_of("sds"), Single())
+
+
+def test_an_unknown_method_lists_the_known_ones():
+    prior = ElementwisePrior()
+    with pytest.raises(ValueError, match="unknown method 'dsa': choose one of sds, vsd, asd"):
+        asd.distill(prior, Particles(), prior.encode_text([""]), "dsa")
+
+
+def test_state_of_another_generator():
+    prior, method = ElementwisePrior(), method_of("sds")
+    state = State(Particles(), NoisePhi(), method, rng())
+    with pytest.raises(ValueError, match="another generator"):
+        asd.distill(prior, Particles(), prior.encode_text([""]), method, state=state)
+
+
 # ----------------------------------------------------------------------------- what goes wrong
-def test_nan_of_the_prior_ends_the_run(prior):
-    broken = copy.deepcopy(prior)
-    method = method_of(steps=5)
-    state = make_state(broken, method)
-    seen = []
-
-    def poison(state, terms):
-        seen.append(state.generator.theta.detach().clone())
-        if state.step == 2:
-            broken.network.conv_out.bias[0] = math.nan
+def test_nan_of_the_prior_ends_the_run():
+    """θ stays as it was before the step."""
+    class Breaking(ElementwisePrior):
+        def eps(self, x_t, t, cond):
+            answer = super().eps(x_t, t, cond)
+            if len(self.batches) == 3:
+                answer[0, 0, 0, 0] = math.nan
+            return answer
+    prior, generator, ends = Breaking(), Particles(), []
     with pytest.raises(FloatingPointError, match="generator's gradient .*step 2"):
-        asd.distill(broken, state.generator, broken.encode_text([PROMPT]), method, state=state,
-                    callback=poison)
-    assert len(seen) == 2 and torch.equal(state.generator.theta, seen[-1])
+        asd.distill(prior, generator, prior.encode_text([""]), method_of("sds", steps=5),
+                    callback=lambda *_: ends.append(generator.theta.detach().clone()))
+    assert len(ends) == 2 and torch.equal(generator.theta, ends[-1])
 
 
-def test_infinite_loss_of_phi_ends_the_run(prior, monkeypatch):
-    method = method_of()
-    state = make_state(prior, method)
-    before = copy.deepcopy(trainable(state.phi))
-    loss = asd.discriminator_loss_text
-    monkeypatch.setattr(asd, "discriminator_loss_text", lambda *args: loss(*args) / 0)
-    with pytest.raises(FloatingPointError, match="discriminator's loss .*step 0"):
-        go(prior, method, state)
-    assert same(trainable(state.phi), before)
+@pytest.mark.parametrize("spoil, words", [
+    (lambda loss, fake_phi: loss / 0, "discriminator's loss .*step 0"),
+    (lambda loss, fake_phi: loss + (0 * fake_phi.sum()).abs().sqrt(),
+     "discriminator's gradient .*step 0")], ids=["loss", "gradient"])
+def test_a_loss_of_phi_that_is_not_finite_ends_the_run(monkeypatch, spoil, words):
+    """φ stays as it was."""
+    loss, phi = asd.discriminator_loss_text, ElementwisePhi(ElementwisePrior(), 0.1)
+    monkeypatch.setattr(asd, "discriminator_loss_text", lambda eps, fake_phi, *rest:
+                        spoil(loss(eps, fake_phi, *rest), fake_phi))
+    with pytest.raises(FloatingPointError, match=words):
+        run_elementwise(method_of(), phi=phi)
+    assert (phi.a == 0.1).all()
 
 
-class Root(nn.Module):
-    """A generator whose own derivative, not the prior's, is infinite at its start."""
-
-    def __init__(self, prior):
-        super().__init__()
-        self.theta = nn.Parameter(torch.zeros(1, *prior.shape))
-
-    def forward(self):
-        return self.theta.abs().sqrt()
-
-
-def test_infinite_derivative_of_the_generator_ends_the_run(prior):
-    generator = Root(prior)
+def test_infinite_derivative_of_the_generator_ends_the_run():
+    """Its own, not the prior's."""
+    class Root(Particles):
+        def forward(self):
+            return (0 * self.theta).abs().sqrt()
+    generator = Root()
     with pytest.raises(FloatingPointError, match="step 0"):
-        go(prior, method_of("sds"), generator=generator)
-    assert torch.equal(generator.theta, torch.zeros_like(generator.theta))
+        run_elementwise(method_of("sds"), generator)
+    assert torch.equal(generator.theta, Particles().theta)
 
 
 # ------------------------------------------------------------------------- generators that look
 @pytest.mark.parametrize("name", ["sds", "asd"])
-def test_prompt_of_the_generator_replaces_the_loops(prior, name):
-    fox, ends = prior.encode_text(["a blue fox"]), []
-    for told, views in ((PROMPT, Views(prior, fox)), ("a blue fox", Views(prior))):
-        state = make_state(prior, method_of(name), generator=views)
-        asd.distill(prior, views, prior.encode_text([told]), method_of(name), state=state)
-        ends.append(views.theta.detach())
+def test_prompt_of_the_generator_replaces_the_loops(name):
+    prior, ends = ElementwisePrior(), []
+    fox = prior.encode_text(["a blue fox"])
+    for text, generator in (("", Particles(2, cond=fox.repeat(2, 1, 1))),
+                            ("a blue fox", Particles(2))):
+        phi = NoisePhi() if name == "sds" else ElementwisePhi(prior)
+        state = State(generator, phi, method_of(name), rng())
+        asd.distill(prior, generator, prior.encode_text([text]), method_of(name), state=state)
+        ends.append(generator.theta.detach())
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("share_noise, subtracted", [(False, False), (True, False), (False, True)])
-def test_one_view_in_ten_is_learnt_without_its_camera(prior, share_noise, subtracted):
-    """Also by the φ of a second discriminator."""
-    phi, seen = LoRAPhi(prior, camera=16), []
-    forward = phi.forward
-    phi.forward = lambda *args: seen.append(args[4]) or forward(*args)
-    camera = torch.randn(100, 16, generator=rng())
-    method, y = method_of(steps=1, share_noise=share_noise), prior.encode_text([PROMPT])
-    phis = (NoisePhi(), asd.Discriminator(phi, y)) if subtracted else (phi, None)
-    go(prior, method, State(Views(prior, y, camera), phis[0], method, rng(), phis[1]))
-    for_theta, for_phi = seen
-    assert torch.equal(for_theta, camera)
-    dropped = (for_phi == 0).all(1)
-    assert 2 <= dropped.sum() <= 20 and torch.equal(for_phi[~dropped], camera[~dropped])
+@pytest.mark.parametrize("share_noise", [False, True])
+def test_one_view_in_ten_is_learnt_without_its_camera(share_noise):
+    """Also by the φ of a second discriminator, which misses others."""
+    prior = ElementwisePrior()
+    generator, second = particles_with_everything(prior, 200), second_of(prior)
+    method = method_of(steps=1, share_noise=share_noise)
+    state, _ = run_elementwise(method, generator, second=second, prior=prior)
+    missed, camera = [], generator.fields["camera"]
+    for phi in (state.phi, second.phi):
+        for_theta, for_phi = phi.heard
+        assert torch.equal(for_theta.camera, camera)
+        dropped = (for_phi.camera == 0).all(1)
+        assert 8 <= dropped.sum() <= 36
+        assert torch.equal(for_phi.camera[~dropped], camera[~dropped])
+        missed.append(dropped)
+    assert not torch.equal(*missed)
 
 
 # ----------------------------------------------------------------------------------- going on
 @pytest.mark.parametrize("name, changes, generator", [
-    ("sds", {}, Latents), ("vsd", {}, Latents), ("asd", {}, Latents), ("asd", {}, Pixels),
-    ("asd", {"phi": "embedding", "phi_steps": 2}, Latents),
-    ("asd", {"share_noise": True, "phi_first": True}, Latents)])
+    ("sds", {}, Latents), ("asd", {}, Pixels), ("vsd", {"share_noise": True}, Latents),
+    ("asd", {"phi": "embedding", "phi_steps": 2}, Latents)])
 def test_n_plus_m_steps_are_n_then_m(prior, name, changes, generator):
     """Both optimisers and the randomness go on too: bit for bit."""
     changes = changes | {"t_late": 1.0}           # what depends on the number of steps, left out
-    whole, part = method_of(name, steps=5, **changes), method_of(name, steps=2, **changes)
-    state, rows = go(prior, whole, generator=generator(prior, 2, rng()))
-    first, _ = go(prior, part, generator=generator(prior, 2, rng()))
+    whole, part = method_of(name, steps=3, **changes), method_of(name, steps=1, **changes)
+    state, logs = go(prior, whole, generator=generator(prior, 1, rng()))
+    first, _ = go(prior, part, generator=generator(prior, 1, rng()))
     kept = copy.deepcopy(tensors(first))
-    second = make_state(prior, whole, seed=99, generator=generator(prior, 2, rng(98)))
-    load_tensors(second, kept, 2)
+    second = make_state(prior, whole, seed=99, generator=generator(prior, 1, rng(98)))
+    load_tensors(second, kept, 1)
     _, again = go(prior, whole, second)
-    assert second.step == 5 and same(tensors(second), tensors(state))
-    assert [row["loss_G"] for row in again] == [row["loss_G"] for row in rows[2:]]
+    assert second.step == 3 and same(tensors(second), tensors(state))
+    assert [log["grad_norm"] for log in again] == [log["grad_norm"] for log in logs[1:]]
 
 
-def test_a_state_that_was_copied_lives_on_alone(prior):
+def test_a_state_that_was_copied_lives_on_alone():
     """load_tensors takes values, not the other state's memory."""
-    method = method_of(steps=2)
-    first, _ = go(prior, method)
-    second = make_state(prior, method, seed=9)
+    prior, method = ElementwisePrior(), method_of(steps=3)
+    first, _ = run_elementwise(method_of())
+    second = State(Particles(), ElementwisePhi(prior), method, rng(9))
     load_tensors(second, tensors(first), first.step)
     before = copy.deepcopy(tensors(second))
-    go(prior, method_of(steps=3), first)
-    assert same(tensors(second), before)
+    asd.distill(prior, first.generator, prior.encode_text([""]), method, state=first)
+    assert first.step == 3 and same(tensors(second), before)
 
 
-def test_state_with_an_unused_parameter_goes_on(prior):
+def test_state_with_an_unused_parameter_goes_on():
     """A scene's background may have had no gradient yet."""
-    class Scene(Latents):
-        def __init__(self, seed):
-            super().__init__(prior, 1, rng(seed))
-            self.background = nn.Parameter(torch.zeros(3))
-    first, _ = go(prior, method_of("sds"), generator=Scene(0))
-    second = make_state(prior, method_of("sds"), generator=Scene(1))
+    first, _ = run_elementwise(method_of("sds"), TwoRates())
+    second = State(TwoRates(), NoisePhi(), method_of("sds"), rng(1))
     load_tensors(second, copy.deepcopy(tensors(first)), first.step)
     assert same(tensors(first), tensors(second))
 
 
-def test_tensors_of_another_run_are_refused(prior):
-    one, two = (make_state(prior, method_of(), particles=n) for n in (1, 2))
+def test_tensors_of_another_run_are_refused():
+    one, two = (State(Particles(n), NoisePhi(), method_of("sds"), rng()) for n in (1, 2))
     with pytest.raises(ValueError, match="theta.0"):
         load_tensors(one, tensors(two), 0)
     with pytest.raises(KeyError):
@@ -1323,8 +1613,8 @@ def test_cuda_and_cpu_take_the_same_first_step(load, name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     ends = []
     for device in ("cpu", "cuda"):
-        state, rows = go(load(device=device), method_of(name, steps=1), particles=2)
-        ends.append((state.generator.theta.grad.cpu(), torch.tensor(rows[0]["loss_D"])))
+        state, (metrics,) = go(load(device=device), method_of(name, steps=1), particles=2)
+        ends.append((state.generator.theta.grad.cpu(), torch.tensor(metrics["loss_D"])))
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
@@ -1359,12 +1649,7 @@ def time_step(benchmark, prior, cond, name, phi, share_noise, rounds):
     assert state.generator.theta.isfinite().all()
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return Prior.from_pretrained("tiny-sd", "cpu")
-
-
-@pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(), reason="tiny/sd is not here")
+@needs_tiny_sd
 @rows
 def test_time_of_a_step_of_tiny_sd(benchmark, tiny, name, phi, share_noise):
     time_step(benchmark, tiny, tiny.encode_text([PROMPT]), name, phi, share_noise, rounds=3)

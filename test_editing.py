@@ -130,14 +130,14 @@ def edit(prior, name="asd", steps=1, apart=0, same_prompt=False, **changes):    
 def test_the_loop_is_eq11(prior, name, monkeypatch):                             # noqa: F811
     """The gradient that reaches θ, recomputed around the networks: D(x_t; z) sees the source."""
     seen = {}
-    draw = asd.draw
+    draw = asd.draw_noise
 
     def first_draw(random, x0, lowest, highest):
         out = draw(random, x0, lowest, highest)
         seen.setdefault("noise", out)
         return out
 
-    monkeypatch.setattr(asd, "draw", first_draw)
+    monkeypatch.setattr(asd, "draw_noise", first_draw)
     state, _, source = edit(prior, name, lr=0.0, apart=0.7)
     method = row_of(name)
     t, eps = seen["noise"]
@@ -162,8 +162,8 @@ def test_the_loop_is_eq11(prior, name, monkeypatch):                            
 def test_dds_draws_t_and_weighs_as_its_notebook(prior, monkeypatch):             # noqa: F811
     """t in 50 … 948 of 1000, ω(t) = 1 and no φ to train."""
     bounds = []
-    draw = asd.draw
-    monkeypatch.setattr(asd, "draw", lambda *args: bounds.append(args[2:]) or draw(*args))
+    draw = asd.draw_noise
+    monkeypatch.setattr(asd, "draw_noise", lambda *args: bounds.append(args[2:]) or draw(*args))
     edit(prior, "dds", steps=2)
     assert bounds == [(50, 948)] * 2
     t = torch.tensor([50, 500, 948])
@@ -180,7 +180,7 @@ def test_identical_prompts_and_image_give_no_gradient(prior, name):             
 def test_second_discriminator_sees_the_source_image(prior, monkeypatch):         # noqa: F811
     """Not the edit, with the same t and ε; at the second step the two have come apart."""
     seen, noises, edits = [], [], []
-    eps_of, draw = prior.eps_of, asd.draw
+    eps_of, draw = prior.eps_of, asd.draw_noise
     monkeypatch.setattr(prior, "eps_of", lambda unet, x_t, t, cond, **kw: (
         seen.append((x_t.clone(), t)), eps_of(unet, x_t, t, cond, **kw))[1])
 
@@ -189,7 +189,7 @@ def test_second_discriminator_sees_the_source_image(prior, monkeypatch):        
         noises.append(draw(random, x0, *bounds))
         return noises[-1]
 
-    monkeypatch.setattr(asd, "draw", remembered)
+    monkeypatch.setattr(asd, "draw_noise", remembered)
     _, _, source = edit(prior, "dds", steps=2, lr=1.0)
     assert len(seen) == 2 and (edits[1] - source).abs().max() > 0.5
     for (x_t, t_seen), (t, eps), picture in zip(seen, noises, edits):        # one call a step:
@@ -203,8 +203,8 @@ def test_second_discriminator_sees_the_source_image(prior, monkeypatch):        
     ("eq10", True, None)])
 def test_phi_z_learns_by_eq9_as_read(prior, phi_z, fake_is_edit, real, monkeypatch):   # noqa: F811
     """Its loss in the loop, by hand: η = 0, γ = 1, of the edit e and the source s at one noise."""
-    losses, noises, draw, step = {}, [], asd.draw, asd.discriminator_step
-    monkeypatch.setattr(asd, "draw", lambda *args: noises.append(draw(*args)) or noises[-1])
+    losses, noises, draw, step = {}, [], asd.draw_noise, asd.discriminator_step
+    monkeypatch.setattr(asd, "draw_noise", lambda *args: noises.append(draw(*args)) or noises[-1])
     monkeypatch.setattr(asd, "discriminator_step", lambda state, method, d, *rest:
                         losses.setdefault(d is state.second, step(state, method, d, *rest)))
     _, _, s_ = edit(prior, phi_z, apart=0.7, phi_lr=0.0)
@@ -519,7 +519,7 @@ def test_shared_noise_is_not_a_shared_picture(prior, name, monkeypatch):        
     """φ_z judges the source but learns on the edit: ε_z and ε_φz of the one do not serve."""
     t, eps = torch.tensor([300]), torch.randn(1, *prior.shape, generator=rng(1))
     apart = 2 * torch.randn(1, *prior.shape, generator=rng(2))
-    monkeypatch.setattr(asd, "draw", lambda *args: (t, eps))
+    monkeypatch.setattr(asd, "draw_noise", lambda *args: (t, eps))
     _, (row,), source = edit(prior, name, apart=apart, share_noise=True)
     x_t = asd.add_noise(source + apart, eps, *prior.alpha_sigma(t))
     errors = [(prior.eps(x_t, t, prior.encode_text([text])) - eps).square().sum().item()
@@ -596,7 +596,7 @@ def test_other_methods_edit_too(prior, name):                                   
 
 def test_a_batch_is_edited_as_its_pictures_are(prior, monkeypatch):              # noqa: F811
     """Without φ, SGD moves each picture of a batch as far as it would move it alone."""
-    monkeypatch.setattr(asd, "draw", lambda random, x0, low, high: (
+    monkeypatch.setattr(asd, "draw_noise", lambda random, x0, low, high: (
         torch.full((len(x0),), 400), torch.ones_like(x0)))
     image = torch.rand(2, 3, *prior.image_size, generator=rng())
     row = replace(editing.METHODS["dds"], steps=2)

@@ -3,11 +3,15 @@
 The oracle is each pipeline's own prediction, caught by a hook inside its own __call__; and a flow
 prior that is exact, tiny/sd itself in a flow model's variables.
 """
+import functools
 import json
 import math
+import os
 import re
 import shutil
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +21,7 @@ from torch import nn
 
 import asd
 from phi import EmbeddingPhi, LoRAPhi
-from prior import Latents, Prior, UserError
+from prior import Latents, Prior, UserError, ddim_samples
 from test_distill import (  # noqa: F401 (fixtures)
     PROMPT,
     folders,
@@ -130,11 +134,17 @@ def family_folders(tmp_path_factory):
     return {name: root / name for name in MAKERS}
 
 
+@pytest.fixture(scope="session")
+def families(family_folders):
+    """families(name) -> its Prior, which is loaded once, as nothing may change it."""
+    return functools.cache(lambda name: Prior.from_pretrained(family_folders[name], "cpu",
+                                                              torch.float32, size=16))
+
+
 @pytest.fixture(params=OTHERS)
-def family(request, family_folders):
+def family(request, families, family_folders):
     """(the Prior of a family, its folder)."""
-    folder = family_folders[request.param]
-    return Prior.from_pretrained(folder, "cpu", torch.float32, size=16), folder
+    return families(request.param), family_folders[request.param]
 
 
 # ------------------------------------------------------------------------------------- the oracle
@@ -167,8 +177,7 @@ def pipelines_own(folder, lam, step):
     return *seen[step], pipe
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_eps_is_the_pipelines_own_prediction(family, step, monkeypatch):
+def test_eps_is_the_pipelines_own_prediction(family, monkeypatch, step=1):
     """Guidance included; a flow model's velocity u is x_t + (1 − σ) u as ε."""
     (prior, folder), lam = family, 3.0
     predicted, x_t, time, pipe = pipelines_own(folder, lam, step)
@@ -279,8 +288,8 @@ def test_pipeline_takes_the_saved_lora(family, tmp_path):
     assert shared <= {p.data_ptr() for p in phi.network.parameters()}
 
 
-def test_pipeline_takes_the_saved_embedding_of_two_encoders(family_folders, tmp_path):
-    prior = Prior.from_pretrained(family_folders["sdxl"], "cpu")
+def test_pipeline_takes_the_saved_embedding_of_two_encoders(families, family_folders, tmp_path):
+    prior = families("sdxl")
     x_t, t, _ = sample(prior)
     phi = EmbeddingPhi(prior, PROMPT, tokens=3)
     torch.testing.assert_close(phi.encode(), prior.encode_text([PROMPT]), rtol=1e-5, atol=1e-5)
@@ -302,8 +311,8 @@ def test_pipeline_takes_the_saved_embedding_of_two_encoders(family_folders, tmp_
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux2"])
-def test_embedding_of_other_encoders_is_refused(family_folders, name):
-    prior = Prior.from_pretrained(family_folders[name], "cpu", size=16)
+def test_embedding_of_other_encoders_is_refused(families, name):
+    prior = families(name)
     with pytest.raises(ValueError, match="use a LoRA"):
         EmbeddingPhi(prior, PROMPT)
     with pytest.raises(ValueError, match="needs a UNet"):
@@ -323,10 +332,11 @@ def poison(named):
     next(iter(named.values())).view(-1)[0] = math.nan
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
-@pytest.mark.parametrize("change", [lambda named: named.pop(sorted(named)[0]), poison,
-                                    lambda named: named.update(another=torch.zeros(3))],
-                         ids=["missing", "not finite", "unexpected"])
+@pytest.mark.parametrize("part, change", [
+    ("unet", lambda named: named.pop(sorted(named)[0])), ("text_encoder_2", poison),
+    ("vae", lambda named: named.update(another=torch.zeros(3))),
+    ("text_encoder", lambda named: named.update({sorted(named)[0]: torch.zeros(3)}))],
+    ids=["missing", "not finite", "unexpected", "another shape"])
 def test_weights_that_are_not_a_models_are_refused(family_folders, tmp_path, part, change):
     folder = shutil.copytree(family_folders["sdxl"], tmp_path / "model")
     damage(folder, part, change)
@@ -391,14 +401,13 @@ def test_parts_that_do_not_fit_together_are_refused(folders, tmp_path, name):  #
     assert "\n" not in str(caught.value)
 
 
-def test_a_part_stored_in_half_precision_alone(family_folders, tmp_path):
+def test_a_part_stored_in_half_precision_alone(families, family_folders, tmp_path):
     """Some publishers store one part as *.fp16.safetensors only, and others whole."""
     folder = shutil.copytree(family_folders["sdxl"], tmp_path / "model")
     (file,) = (folder / "unet").glob("*.safetensors")
     file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    whole = Prior.from_pretrained(family_folders["sdxl"], "cpu")
     assert same(Prior.from_pretrained(folder, "cpu").network.state_dict(),
-                whole.network.state_dict())
+                families("sdxl").network.state_dict())
 
 
 # ------------------------------------------------------------------------- all parts in one file
@@ -448,15 +457,25 @@ def single_file(prior, kind, file):
     save_file(named, file)
 
 
+@pytest.fixture(scope="session")
+def single_files(load, families, tmp_path_factory):  # noqa: F811
+    """single_files(kind) -> (the Prior of a folder, the same in one file)."""
+    def made(kind):
+        prior = families(kind) if kind == "sdxl" else load(kind)
+        file = tmp_path_factory.mktemp("single") / "model.safetensors"
+        single_file(prior, kind, file)
+        return prior, file
+    return functools.cache(made)
+
+
 @pytest.fixture
-def single(folders, family_folders, tmp_path):  # noqa: F811
+def single(single_files, folders, family_folders, tmp_path):  # noqa: F811
     """single(kind) -> (the Prior of a folder, the same in one file, the folder without weights)."""
     def single(kind):
-        folder, file = (folders | family_folders)[kind], tmp_path / "model.safetensors"
-        prior = Prior.from_pretrained(folder, "cpu")
-        single_file(prior, kind, file)
-        return prior, file, shutil.copytree(folder, tmp_path / "config",
-                                            ignore=shutil.ignore_patterns("*.safetensors"))
+        prior, file = single_files(kind)
+        config = shutil.copytree((folders | family_folders)[kind], tmp_path / "config",
+                                 ignore=shutil.ignore_patterns("*.safetensors"))
+        return prior, Path(shutil.copy(file, tmp_path)), config
     return single
 
 
@@ -480,7 +499,7 @@ KEYS = ["model.diffusion_model.out.2.bias", "model.diffusion_model.label_emb.0.0
 
 
 @pytest.mark.parametrize("key, change, told", [
-    *((key, lambda named, key: named.pop(key), "lacks weights") for key in KEYS),
+    *((key, lambda named, key: named.pop(key), "lacks weights") for key in KEYS[1:4]),
     (KEYS[3], lambda named, key: named.update({key: named[key][:-1]}), "expected shape"),
     (KEYS[2], lambda named, key: named[key].view(-1)[:1].fill_(math.nan), "not finite"),
     (KEYS[0], lambda named, key: named.update({f"{key}_scale": torch.ones(1)}), "of a unet")])
@@ -492,6 +511,545 @@ def test_a_single_file_of_other_weights_is_refused(single, key, change, told):
     with pytest.raises(UserError, match=f"{file}.*{told}") as caught:
         Prior.from_pretrained(file, "cpu", config=config)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------ what people have: models and files
+def altered(folder, tmp_path, **files):
+    """A copy of a folder of links; files: {part: changes of its JSON}."""
+    copy = tmp_path / f"altered-{len(list(tmp_path.iterdir()))}"
+    shutil.copytree(folder, copy, copy_function=os.symlink)
+    for part, changes in files.items():
+        names = {"tokenizer": "tokenizer_config.json", "tokenizer_2": "tokenizer_config.json",
+                 "scheduler": "scheduler_config.json"}
+        path = copy / part / names.get(part, "config.json")
+        if part == "model_index":
+            path = copy / "model_index.json"
+        config = json.loads(path.read_text())
+        config.update(changes)
+        path.unlink()
+        path.write_text(json.dumps({k: v for k, v in config.items() if v != "left out"}))
+    return copy
+
+
+def refused(place, words, size=16, **options):
+    """The one line with which a folder or file is refused."""
+    with pytest.raises(UserError, match=words) as caught:
+        Prior.from_pretrained(place, "cpu", size=size, **options)
+    assert "\n" not in str(caught.value) and str(place) in str(caught.value)
+    return str(caught.value)
+
+
+def adapted_pipe(folder, name="default", targets=("to_q", "to_v", "conv1"), fuse=False):
+    """A user's pipeline with an adapter of their own in it."""
+    from peft import LoraConfig
+    pipe = pipeline(folder)
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), init_lora_weights=False)
+    getattr(pipe, "unet", None).add_adapter(config, adapter_name=name)
+    if fuse:
+        pipe.fuse_lora(components=["unet"])
+    return pipe
+
+
+@pytest.mark.parametrize("name, fuse", [("default_0", False), ("default", False), ("phi", True)])
+def test_the_users_adapters_are_the_priors_and_below_phi(folders, tmp_path, name, fuse):  # noqa: F811
+    pipe = adapted_pipe(folders["epsilon"], name, fuse=fuse)
+    prior, plain = Prior(pipe), Prior(pipeline(folders["epsilon"]))
+    x_t, t, cond = sample(prior)
+    tensors = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    expected = prior.eps(x_t, t, cond)
+    assert not torch.allclose(expected, plain.eps(x_t, t, cond), atol=1e-3)
+    phi = LoRAPhi(prior)
+    assert torch.equal(phi(x_t, t, cond, None), expected)
+    assert not pipe.unet.training and pipe.unet.peft_config.keys() == {name}
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+    phi(x_t, t, cond, None).square().sum().backward()
+    assert not [n for n, p in trainable(phi).items() if p.grad is None or "base_layer" in n]
+    scramble(phi).save(tmp_path)
+    assert same(tensors, pipe.unet.state_dict()) and torch.equal(prior.eps(x_t, t, cond), expected)
+    # the file holds φ's adapter alone; on the user's pipeline it is a second one
+    assert len(load_file(tmp_path / "pytorch_lora_weights.safetensors")) == len(trainable(phi))
+    with torch.no_grad():
+        whole = phi(x_t, t, cond, None)
+        assert torch.equal(LoRAPhi(prior, phi_init=tmp_path)(x_t, t, cond, None), whole)
+        if not fuse:
+            pipe.load_lora_weights(tmp_path, adapter_name="trained")
+            pipe.set_adapters([name, "trained"])
+            torch.testing.assert_close(prior.eps(x_t, t, cond), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, markers, metadata, found", [
+    ("epsilon", ["v_pred"], {}, ("v_prediction", False)),
+    ("epsilon", ["v_pred", "ztsnr"], {}, ("v_prediction", True)),
+    ("epsilon", [], {"modelspec.prediction_type": "v"}, ("v_prediction", False)),
+    ("epsilon", [], {"modelspec.predict_key": "v"}, ("v_prediction", False)),
+    ("v_prediction", [], {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+    ("v_prediction", ["ztsnr"], {}, ("v_prediction", True)),
+    ("v_prediction", ["v_pred"], {}, None),
+    ("epsilon", ["v_pred", "edm_vpred.sigma_max"], {}, "EDM"),
+    ("epsilon", ["ztsnr"], {}, "zero terminal SNR")])
+def test_a_single_file_is_taken_at_its_word(single, capfd, kind, markers, metadata, found):
+    prior, file, config = single(kind)
+    named = load_file(file) | {key: torch.ones(0) for key in markers}
+    save_file(named, file, metadata)
+    if isinstance(found, str):
+        refused(file, found, config=config)
+        return
+    loaded = Prior.from_pretrained(file, "cpu", config=config)
+    said = capfd.readouterr().err.splitlines()
+    if found is None:
+        assert said == [] and loaded.prediction_type == "v_prediction"
+        return
+    assert len(said) == 1 and str(file) in said[0]
+    assert (loaded.prediction_type, bool(loaded.alphas[-1] < 1e-3)) == found
+
+
+def zero_snr_betas():
+    from diffusers import DDIMScheduler
+    return DDIMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True).betas.tolist()
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("DDPMScheduler", {"rescale_betas_zero_snr": True}),
+    ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True}),
+    ("DDIMScheduler", {"trained_betas": zero_snr_betas})])
+def test_a_schedule_that_ends_in_pure_noise(folders, name, changes):  # noqa: F811
+    """v says what x0 is, there too: samples from T − 1, and a run with ω = 1/α, are finite."""
+    import diffusers
+    changes = {key: value if value is True else value() for key, value in changes.items()}
+    for kind in ("v_prediction", "epsilon"):
+        pipe = pipeline(folders[kind])
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **changes)
+        if kind == "epsilon":
+            with pytest.raises(UserError, match="zero terminal SNR"):
+                Prior(pipe)
+            continue
+        prior = Prior(pipe)
+        assert prior.steps == 1000 and (prior.alphas > 0).all() and (prior.sigmas.diff() >= 0).all()
+        assert prior.alphas[-1] < 1e-3
+        samples_are_finite(prior)
+
+
+def samples_are_finite(prior):
+    noise = torch.randn(1, *prior.shape, generator=rng())
+    x0 = ddim_samples(prior, [PROMPT], noise, steps=3)
+    assert x0.isfinite().all() and x0.abs().max() < 1000
+    row = replace(asd.METHODS["asd"], steps=1, t_min=1.0, t_max=1.0, t_max_late=1.0,
+                  omega="1/alpha")
+    theta = Latents(prior, 1, rng())
+    asd.distill(prior, theta, prior.encode_text(PROMPT), row)
+    assert theta.theta.isfinite().all()
+
+
+def test_a_flow_too_is_sampled_from_pure_noise(families):
+    samples_are_finite(families("sd3"))
+
+
+def test_an_error_names_the_alpha_that_is_zero(load):  # noqa: F811
+    """Of another prior than ours, whose last α is 0."""
+    prior = load("v_prediction")
+    other = SimpleNamespace(
+        steps=1000, eps=prior.eps, encode_text=prior.encode_text,
+        alpha_sigma=lambda t: (torch.zeros(len(t), 1, 1, 1), torch.ones(len(t), 1, 1, 1)))
+    row = replace(asd.METHODS["sds"], steps=1, omega="1/alpha")
+    with pytest.raises(FloatingPointError, match="α_t = 0"):
+        asd.distill(other, Latents(prior, 1, rng()), prior.encode_text(PROMPT), row)
+
+
+@pytest.mark.parametrize("name, part, changes", [
+    ("flux2", "model_index", {"is_distilled": True}),
+    ("flux2", "transformer", {"guidance_embeds": True}),
+    ("sdxl", "unet", {"time_cond_proj_dim": 8})])
+def test_distilled_models_are_refused(family_folders, tmp_path, name, part, changes):
+    folder = altered(family_folders[name], tmp_path, **{part: changes})
+    if part != "model_index":
+        import diffusers
+        kind = diffusers.UNet2DConditionModel if name == "sdxl" else (
+            diffusers.Flux2Transformer2DModel)
+        config = json.loads((folder / part / "config.json").read_text())
+        shutil.rmtree(folder / part)
+        kind.from_config(config).save_pretrained(folder / part)
+    refused(folder, "is distilled")
+
+
+def test_offloaded_pipelines_are_refused(folders):  # noqa: F811
+    from accelerate import cpu_offload
+    pipe = pipeline(folders["epsilon"])
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    with pytest.raises(UserError, match="offload"):
+        Prior(pipe)
+    pipe = pipeline(folders["epsilon"])
+    pipe.vae.to("meta")
+    with pytest.raises(UserError, match="its vae .*meta"):
+        Prior(pipe)
+    pipe = pipeline(folders["epsilon"])
+    pipe.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(UserError, match="offload"):
+        Prior(pipe)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0,
+                                     "prediction_type": "flow_prediction"}),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0}),
+    ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}), ("FlowMatchLCMScheduler", {"shift": 3.0}),
+    ("DDIMScheduler", None), ("DPMSolverMultistepScheduler", None)])
+def test_the_sampler_of_a_flow_model_does_not_matter(families, family_folders, name, changes):
+    import diffusers
+    pipe = pipeline(family_folders["sd3"])
+    pipe.scheduler = getattr(diffusers, name)(**(changes or {}))
+    if changes is None:
+        with pytest.raises(UserError, match="needs a flow's"):
+            Prior(pipe, size=16)
+        return
+    assert torch.equal(Prior(pipe, size=16).sigmas, families("sd3").sigmas)
+
+
+@pytest.mark.parametrize("name, size, words", [
+    ("sd3", 18, "multiple of 4, at most 32, not 18"), ("sd3", 36, "multiple of 4, at most 32"),
+    ("sd3", 0, "multiple of 4"), ("sdxl", 17, "multiple of 2"), ("flux2", 18, "multiple of 4"),
+    ("sd3", None, "multiple of 4, at most 32, not its own 18 x 18")])
+def test_a_size_that_the_network_cannot_take(family_folders, tmp_path, name, size, words):
+    folder = family_folders[name]
+    if size is None:
+        folder = altered(folder, tmp_path, transformer={"sample_size": 9})
+    refused(folder, words, size)
+    if name == "sd3" and size == 36:
+        assert Prior.from_pretrained(folder, "cpu", size=32).shape == (4, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "sdxl", "sd3"])
+def test_a_tokenizer_without_a_maximal_length(
+        folders, family_folders, load, families, tmp_path, name):  # noqa: F811
+    folder = (folders | family_folders)[name]
+    parts = [part for part in ("tokenizer", "tokenizer_2") if (folder / part).is_dir()]
+    bare = altered(folder, tmp_path, **{part: {"model_max_length": "left out"} for part in parts})
+    prior = Prior.from_pretrained(bare, "cpu", size=16)
+    whole = load() if name == "epsilon" else families(name)
+    assert torch.equal(prior.encode_text([PROMPT]), whole.encode_text([PROMPT]))
+    if name != "sd3":
+        phi, expected = EmbeddingPhi(prior, PROMPT), EmbeddingPhi(whole, PROMPT)
+        assert torch.equal(phi.encode(), expected.encode())
+    refused(altered(folder, tmp_path, tokenizer={"model_max_length": 0}), "model_max_length")
+
+
+def test_a_token_that_the_text_encoder_does_not_know(folders, tmp_path):  # noqa: F811
+    folder = altered(folders["epsilon"], tmp_path)
+    for path in (folder / "tokenizer").iterdir():
+        text = path.read_text()
+        path.unlink()
+        path.write_text(text)
+    for name in ("vocab.json", "tokenizer.json"):
+        path = folder / "tokenizer" / name
+        if path.exists():
+            words = json.loads(path.read_text())
+            vocabulary = words["model"]["vocab"] if name == "tokenizer.json" else words
+            vocabulary["apple</w>"] = 90_000
+            path.write_text(json.dumps(words))
+    refused(folder, "90000")
+
+
+@pytest.mark.parametrize("changes", [
+    {"scaling_factor": 0}, {"scaling_factor": math.nan}, {"scaling_factor": math.inf},
+    {"scaling_factor": 1e308}, {"scaling_factor": 1e-300}, {"shift_factor": math.nan},
+    {"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}])
+def test_a_vae_of_impossible_units(folders, tmp_path, changes):  # noqa: F811
+    refused(altered(folders["epsilon"], tmp_path, vae=changes), "scaling_factor")
+
+
+def test_nothing_that_is_not_finite_is_decoded(load):  # noqa: F811
+    with pytest.raises(FloatingPointError):
+        load().decode(torch.full((1, *load().shape), math.nan))
+
+
+@pytest.mark.parametrize("name, part, changes", [
+    ("sdxl", "unet", {"layers_per_block": 10_000_000}),
+    ("sdxl", "unet", {"layers_per_block": [1, 10_000_000]}),
+    ("sdxl", "vae", {"layers_per_block": 10_000_000}),
+    ("sdxl", "text_encoder", {"num_hidden_layers": 10_000_000}),
+    ("sd3", "transformer", {"num_layers": 10_000_000}),
+    ("sd3", "transformer", {"pos_embed_max_size": 10_000_000}),
+    ("sd3", "transformer", {"joint_attention_dim": 10_000_000}),
+    ("sdxl", "unet", {"block_out_channels": [8, 10_000_000]}),
+    ("sdxl", "unet", {"sample_size": 10_000_000}),
+    ("sdxl", "scheduler", {"num_train_timesteps": 10 ** 12})])
+def test_a_gigantic_configuration_is_refused_at_once(family_folders, tmp_path, name, part, changes):
+    folder = altered(family_folders[name], tmp_path, **{part: changes})
+    began = time.perf_counter()
+    refused(folder, "10000000")
+    assert time.perf_counter() - began < 3
+
+
+def test_a_gigantic_configuration_beside_a_single_file(single):
+    _, file, config = single("epsilon")
+    path = config / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_per_block": 10_000_000}))
+    with pytest.raises(UserError, match="layers_per_block"):
+        Prior.from_pretrained(file, "cpu", config=config)
+
+
+@pytest.mark.parametrize("variant, shards", [("fp16", True), ("bf16", False), ("bf16", True),
+                                             ("ema", True), ("fp32.v2", False)])
+def test_weights_that_are_saved_as_a_variant_alone(folders, load, tmp_path, variant, shards):  # noqa: F811
+    """… and in parts, as tools write them."""
+    pipe = pipeline(folders["epsilon"])
+    pipe.save_pretrained(tmp_path, variant=variant, max_shard_size="12KB" if shards else "10GB")
+    names = [path.name for path in tmp_path.glob("*/*.safetensors")]
+    assert all(f".{variant}" in name for name in names)
+    assert any("-of-0" in name for name in names) == shards
+    assert same(Prior.from_pretrained(tmp_path, "cpu").network.state_dict(),
+                load().network.state_dict())
+
+
+def test_a_link_that_leads_nowhere(tmp_path):
+    (tmp_path / "model").symlink_to(tmp_path / "model")
+    refused(tmp_path / "model", "a link")
+
+
+# ------------------------------------------------------------------------ LoRAs that people have
+EIGHT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def trained_lora(folder, part, targets, path, alpha=None, **config):
+    """A LoRA as diffusers' training scripts write it, and the pipeline that has it on.
+
+    alpha: written as metadata, as newer scripts do.
+    """
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    pipe, trained = pipeline(folder), {}
+    torch.manual_seed(5)
+    pieces = {part: (targets, config)} | (
+        {"text_encoder": (["q_proj", "v_proj"], {"r": 2})} if config.pop("text", False) else {})
+    for name, (layers, options) in pieces.items():
+        getattr(pipe, name).add_adapter(LoraConfig(
+            lora_alpha=alpha or options["r"], target_modules=layers, init_lora_weights=False,
+            **options))
+        named = get_peft_model_state_dict(getattr(pipe, name))
+        if name != "transformer":
+            named = convert_state_dict_to_diffusers(named)
+        trained[f"{name}_lora_layers"] = named
+    if alpha:
+        trained |= _collate_lora_metadata({name: getattr(pipe, name) for name in pieces})
+    pipe.save_lora_weights(path, **trained)
+    return pipe
+
+
+@pytest.mark.parametrize("name, part, targets, options", [
+    ("sd3", "transformer", list(EIGHT), {"r": 3}),
+    ("sd3", "transformer", list(EIGHT), {"r": 3, "text": True}),
+    ("sd3", "transformer", list(EIGHT), {"r": 4, "alpha": 8}),
+    ("sdxl", "unet", ["to_q", "to_k", "conv1", "proj_in"], {"r": 2, "alpha": 1, "text": True}),
+    ("sdxl", "unet", ["to_q", "to_v"], {"r": 2, "alpha": 4, "rank_pattern": {"attn2.to_q": 5},
+                                        "alpha_pattern": {"attn2.to_v": 7}}),
+    ("sdxl", "unet", ["to_q", "to_v"], {"r": 4, "alpha": 2, "use_rslora": True}),
+    ("flux2", "transformer", ["to_k", "to_q", "to_qkv_mlp_proj", "to_add_out"], {"r": 2})])
+def test_phi_starts_at_a_lora_as_it_was_trained(families, family_folders, tmp_path, capfd, name,
+                                                part, targets, options):
+    """Its layers, ranks and scales; the text encoder's part is left out, and a line says so."""
+    has_text = options.get("text")
+    pipe = trained_lora(family_folders[name], part, targets, tmp_path, **options)
+    prior = families(name)
+    x_t, t, cond = sample(prior)
+    capfd.readouterr()
+    phi = LoRAPhi(prior, phi_init=tmp_path)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == bool(has_text) and all("text encoder" in line for line in lines)
+    network = getattr(pipe, part).eval()
+    with torch.no_grad():
+        expected = prior.eps_of(network, x_t, t, cond)
+        torch.testing.assert_close(phi(x_t, t, cond, None), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(expected, prior.eps(x_t, t, cond), atol=1e-3)
+        # it saves itself with its ranks and scales, and the pipeline takes it
+        phi.save(tmp_path / "again")
+        fresh = pipeline(family_folders[name])
+        fresh.load_lora_weights(tmp_path / "again")
+        again = prior.eps_of(getattr(fresh, part), x_t, t, cond)
+        torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
+    phi(x_t, t, cond, None).square().sum().backward()
+    assert all(p.grad is not None for p in trainable(phi).values())
+
+
+def test_phi_starts_at_what_other_tools_write(folders, load, tmp_path):  # noqa: F811
+    """kohya's names with an alpha for each layer; peft's folder; a file without a prefix."""
+    from peft import LoraConfig, get_peft_model
+    prior = load()
+    x_t, t, cond = sample(prior)
+    phi = scramble(LoRAPhi(prior, rank=2, targets=("attn2.to_q", "attn2.to_v")))
+    kohya = {}
+    for name, layer in phi.layers().items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        kohya[f"{key}.lora_down.weight"] = layer.lora_A["default"].weight.detach()
+        kohya[f"{key}.lora_up.weight"] = 4 * layer.lora_B["default"].weight.detach()
+        kohya[f"{key}.alpha"] = torch.tensor(0.5)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    with torch.no_grad():
+        expected = phi(x_t, t, cond, None)
+        again = LoRAPhi(prior, phi_init=tmp_path / "kohya.safetensors")
+        torch.testing.assert_close(again(x_t, t, cond, None), expected, rtol=1e-4, atol=1e-5)
+        unet = pipeline(folders["epsilon"]).unet
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_k"], init_lora_weights=False)
+        trained = get_peft_model(unet, config).eval()
+        trained.save_pretrained(tmp_path / "peft")
+        again = LoRAPhi(prior, phi_init=tmp_path / "peft")
+        torch.testing.assert_close(again(x_t, t, cond, None),
+                                   prior.eps_of(trained.base_model.model, x_t, t, cond),
+                                   rtol=1e-4, atol=1e-5)
+        unet = pipeline(folders["epsilon"]).unet
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+        unet.save_lora_adapter(tmp_path / "alone")
+        again = LoRAPhi(prior, phi_init=tmp_path / "alone")
+        torch.testing.assert_close(again(x_t, t, cond, None),
+                                   prior.eps_of(unet.eval(), x_t, t, cond), rtol=1e-4, atol=1e-5)
+
+
+def first(named, value):
+    named[next(iter(named))] = value
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda named: first(named, next(iter(named.values())).int()), "int32"),
+    (lambda named: next(iter(named.values())).view(-1)[:1].fill_(math.nan), "not finite"),
+    (lambda named: named.pop(next(iter(named))), "no pairs"),
+    (lambda named: first(named, torch.ones(2, 3)), "another shape"),
+    (lambda named: named.update({"unet.elsewhere.lora.down.weight": torch.ones(1, 2),
+                                 "unet.elsewhere.lora.up.weight": torch.ones(2, 1)}),
+     "other layers"),
+    (lambda named: named.update({"unet.down_blocks.0.lora_magnitude_vector": torch.ones(2)}),
+     "no plain LoRA"),
+    ("brackets", "RecursionError"), ("damaged", "safetensors")])
+def test_a_lora_that_does_not_do_is_refused_by_name(load, tmp_path, change, words):  # noqa: F811
+    prior, file = load(), tmp_path / "pytorch_lora_weights.safetensors"
+    LoRAPhi(prior, rank=2).save(tmp_path)
+    named = load_file(file)
+    if change == "brackets":
+        save_file(named, file, {"lora_adapter_metadata": "[" * 100_000})
+    elif change == "damaged":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        change(named)
+        save_file(named, file)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{words}") as caught:
+        LoRAPhi(prior, phi_init=tmp_path)
+    assert "\n" not in str(caught.value)
+    if words in ("int32", "not finite", "RecursionError", "safetensors"):
+        with pytest.raises(UserError, match=str(file)):
+            Prior.from_pretrained("tiny-sd", "cpu", lora=file)
+
+
+def test_phi_adapts_all_eight_projections_of_a_joint_block(families):
+    names = [name for name in LoRAPhi(families("sd3")).layers() if "transformer_blocks.0." in name]
+    assert sorted(name.split("attn.")[1] for name in names) == sorted(EIGHT)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_prior_with_a_users_lora(families, family_folders, tmp_path, scale, capfd):
+    """As load_lora_weights takes it, the text encoder's part and the weight included."""
+    trained_lora(family_folders["sdxl"], "unet", ["to_q", "to_v"], tmp_path, alpha=4, r=2,
+                 text=True)
+    folder = family_folders["sdxl"]
+    capfd.readouterr()
+    prior = Prior.from_pretrained(folder, "cpu", lora=tmp_path, lora_scale=scale)
+    assert capfd.readouterr().err == ""
+    pipe = pipeline(folder)
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    pipe.set_adapters(["style"], [scale])
+    expected, plain = Prior(pipe), families("sdxl")
+    x_t, t, cond = sample(expected)
+    assert torch.equal(prior.encode_text([PROMPT]), expected.encode_text([PROMPT]))
+    assert torch.equal(prior.eps(x_t, t, cond), expected.eps(x_t, t, cond))
+    assert not torch.allclose(cond[:1], plain.encode_text([PROMPT]), atol=1e-3)
+    assert torch.equal(LoRAPhi(prior)(x_t, t, cond, None), prior.eps(x_t, t, cond))
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"lora": "nowhere.safetensors"}, "nowhere"), ({"lora": "file"}, "of this model"),
+    ({"lora": "file", "lora_scale": math.nan}, "finite")])
+def test_a_users_lora_that_does_not_fit(family_folders, load, tmp_path, options, words):  # noqa: F811
+    LoRAPhi(load(), targets=("proj_in",)).save(tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({key.replace("down_blocks.1", "blocks.7").replace("up_blocks.0", "blocks.8").replace(
+        "mid_block", "blocks.9"): value for key, value in load_file(file).items()}, file)
+    if options["lora"] == "file":
+        options = options | {"lora": file}
+    with pytest.raises(UserError, match=words):
+        Prior.from_pretrained(family_folders["sdxl"], "cpu", **options)
+
+
+def test_phi_on_another_checkpoint(folders, load, tmp_path):  # noqa: F811
+    """The paper's 3D setting: a prior that predicts ε, φ on a checkpoint that predicts v."""
+    prior, own = load(), load("v_prediction")
+    x_t, t, cond = sample(prior)
+    phi = LoRAPhi(prior, PROMPT, phi_model=folders["v_prediction"])
+    told = own.encode_text([PROMPT] * 2)              # the two read text in different ways
+    assert torch.equal(phi(x_t, t, cond, None), own.eps(x_t, t, told))
+    with pytest.raises(ValueError, match="one prompt"):
+        LoRAPhi(prior, [PROMPT, "a fox"], phi_model=folders["v_prediction"])
+    same_text = altered(folders["epsilon"], tmp_path, scheduler={"prediction_type": "v_prediction"})
+    phi = LoRAPhi(prior, phi_model=same_text)
+    with torch.no_grad():
+        alpha, sigma = prior.alpha_sigma(t)
+        assert torch.equal(phi(x_t, t, cond, None), sigma * x_t + alpha * prior.eps(x_t, t, cond))
+    other = altered(folders["epsilon"], tmp_path, scheduler={"beta_end": 0.02})
+    with pytest.raises(ValueError, match="noise schedule"):
+        LoRAPhi(prior, phi_model=other)
+    theta = Latents(prior, 1, rng())
+    row = replace(asd.METHODS["asd"], steps=1)
+    asd.distill(prior, theta, prior.encode_text(PROMPT), row, phi=phi)
+    phi.save(tmp_path / "phi")
+    pipeline(same_text).load_lora_weights(tmp_path / "phi")
+
+
+# ------------------------------------------------------------------------ prompts, surroundings
+@pytest.mark.parametrize("name", OTHERS[:2] + ["flux2", "epsilon"])
+def test_a_long_prompt_is_cut_in_one_line(folders, family_folders, capfd, name):  # noqa: F811
+    prior = Prior.from_pretrained((folders | family_folders)[name], "cpu", size=16)
+    capfd.readouterr()
+    long = " ".join(["apple"] * 600) + " lastword"
+    prior.encode_text([PROMPT, long])
+    prior.encode_text([long])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "apple" in line and "the text encoder reads" in line
+    if prior.family.read is not None:
+        EmbeddingPhi(prior, long)
+        assert capfd.readouterr().err == ""
+
+
+def test_a_text_is_one_prompt(load):  # noqa: F811
+    assert torch.equal(load().encode_text(PROMPT), load().encode_text([PROMPT]))
+
+
+def outcome(folder, phi):
+    """x0 after a run, a picture of it, and φ's parameters."""
+    prior = Prior.from_pretrained(folder, "cpu", torch.float32, size=16)
+    picture = torch.rand(1, 3, *prior.image_size, generator=rng(), device="cpu")
+    theta = Latents(prior, 2, rng(), picture)
+    row = replace(asd.METHODS["asd"], steps=1, optimizer="sgd", phi=asd.PHIS[phi])
+    y = prior.encode_text([PROMPT])
+    state = asd.distill(prior, theta, y, row, asd.make_phi(row, prior, PROMPT))
+    noise = torch.randn(1, *prior.shape, generator=rng(), device="cpu")
+    return [theta.theta.detach(), theta.images(), Latents(prior, 1, rng()).theta.detach(),
+            asd.Pixels(prior, 1, rng()).theta.detach(),
+            ddim_samples(prior, [PROMPT], noise, steps=1),
+            *(p.detach() for p in trainable(state.phi).values())]
+
+
+@pytest.mark.parametrize("name, phi", [("epsilon", "embedding"), ("sdxl", "lora"),
+                                       ("flux2", "lora")])
+def test_default_device_and_autocast_change_nothing(folders, family_folders, name, phi):  # noqa: F811
+    folder = (folders | family_folders)[name]
+    expected = outcome(folder, phi)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = expected if name == "flux2" else outcome(folder, phi)
+    torch.set_default_device("meta")
+    try:
+        elsewhere = outcome(folder, phi)
+    finally:
+        torch.set_default_device(None)
+    for found in (cast, elsewhere):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # -------------------------------------------------------------------- a flow prior that is exact
@@ -533,14 +1091,14 @@ def doors():
     return tiny, flow
 
 
-@pytest.mark.parametrize("method", ["sds", "vsd", "asd"])
+@pytest.mark.parametrize("method", ["sds", "asd"])
 def test_eq7_is_the_same_through_the_flow_door(doors, method):
     """ε(x'; y, t) of the flow model is ε(x; y, t), so Eq. 7's bracket is too, at every t."""
-    x0, eps = torch.randn(2, 12, 4, 16, 16, generator=rng())
-    t = torch.linspace(20, 980, 12).long()
+    x0, eps = torch.randn(2, 4, 4, 16, 16, generator=rng())
+    t = torch.linspace(20, 980, 4).long()
     grads = []
     for prior in doors:
-        y, null = (prior.encode_text([text]).expand(12, -1, -1) for text in ("a red apple", ""))
+        y, null = (prior.encode_text([text]).expand(4, -1, -1) for text in ("a red apple", ""))
         x_t = asd.add_noise(x0, eps, *prior.alpha_sigma(t))
         phi = asd.METHODS[method].phi(prior)
         if isinstance(phi, LoRAPhi):
@@ -554,29 +1112,27 @@ def test_eq7_is_the_same_through_the_flow_door(doors, method):
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-4 * grads[0].abs().max().item())
 
 
-@pytest.mark.parametrize("method", ["sds", "asd"])
-def test_distill_takes_the_same_way_through_the_flow_door(doors, method):
+def test_distill_takes_the_same_way_through_the_flow_door(doors, method="asd"):
     """The same seed, the same draws: x0 after some steps is the same up to rounding."""
     ends = []
     for prior in doors:
         theta = Latents(prior, 1, rng(3))
-        row = replace(asd.METHODS[method], steps=8, optimizer="sgd", lr=1e-3, phi_lr=1e-4)
+        row = replace(asd.METHODS[method], steps=3, optimizer="sgd", lr=1e-3, phi_lr=1e-4)
         asd.distill(prior, theta, prior.encode_text(["a red apple"]), row)
         ends.append(theta().detach())
     moved = (ends[0] - torch.randn(1, 4, 16, 16, generator=rng(3))).abs().max()
-    assert moved > 1e-2 and (ends[0] - ends[1]).abs().max() < 1e-3 * moved
+    assert moved > 3e-3 and (ends[0] - ends[1]).abs().max() < 1e-3 * moved
 
 
 # --------------------------------------------------------------------------------- command line
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux2"])
-def test_a_run_of_every_family(family_folders, name, tmp_path, monkeypatch, capsys):
+def test_a_run_of_sd3(family_folders, tmp_path, monkeypatch, capsys, name="sd3"):
     """It runs, resumes bit-identically and saves a φ that the pipeline takes."""
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(family_folders[name]), "--size", "16", "--device", "cpu"]
     start = ["--prompt", PROMPT, "--save-every", "1", "--vae-tiling", *model]
-    assert asd.main([*start, "--steps", "4", "--out", "whole"]) == 0
-    assert asd.main([*start, "--steps", "2", "--out", "parts"]) == 0
-    assert asd.main(["--resume", "parts", "--steps", "4"]) == 0
+    assert asd.main([*start, "--steps", "2", "--out", "whole"]) == 0
+    assert asd.main([*start, "--steps", "1", "--out", "parts"]) == 0
+    assert asd.main(["--resume", "parts", "--steps", "2"]) == 0
     ends = [load_file(tmp_path / out / "checkpoint.safetensors") for out in ("whole", "parts")]
     assert all(same(*([{k: v for k, v in end.items() if part in k} for end in ends]))
                for part in ("theta", "phi"))
@@ -584,9 +1140,6 @@ def test_a_run_of_every_family(family_folders, name, tmp_path, monkeypatch, caps
         assert (tmp_path / "whole" / file).exists()
     pipe = pipeline(family_folders[name])
     pipe.load_lora_weights(tmp_path / "whole" / "phi")
-    assert asd.main([*start, "--steps", "1", "--out", "third", "--phi-init", "whole/phi"]) == 0
-    with pytest.raises(UserError, match="multiple"):
-        Prior.from_pretrained(family_folders[name], "cpu", size=17)
 
 
 def test_every_method_makes_a_step_on_every_family(family):
@@ -622,10 +1175,13 @@ def test_every_method_makes_a_step_on_every_family(family):
         "lr": 0.0488, "optimizer": "sgd", "steps": 200, "gamma": -1.0, "phi_z": "eq9"})])
 def test_settings_travel_with_the_model(tmp_path, monkeypatch, name, flags, expected):
     """A real model's are the paper's, tiny-sd's are those measured on it, given ones are given."""
-    import runs
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(runs, "run", lambda command, settings, *_: seen.append(settings))
+
+    def run(command, settings, folder, resumed):
+        seen.append(settings.model_dump())
+        return SimpleNamespace(execute=lambda: None)
+    monkeypatch.setattr("cli.run.Run", run)
     command = __import__(name)
     model = [] if "--model" in flags else ["--model", "some/stable-diffusion"]
     prompt = [] if name == "editing" else ["--prompt", PROMPT]

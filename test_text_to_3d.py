@@ -1,24 +1,27 @@
 """Text-to-3D: the Scene's views, prompts and regularisers, its scores; the command."""
 import functools
-import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import asd
 import text_to_3d
+import variants
+from cli.files import tensors
 from nerf import NeRF, Picture
-from test_distill import folders  # noqa: F401 (a fixture)
+from phi import LoRAPhi
+from test_distill import folders, load, prior  # noqa: F401 (fixtures)
 from test_nerf import Ball, close, cuda, rng, small
+from test_runs import caller, checkpoint, contents, metrics, model  # noqa: F401 (a fixture)
 from tiny import solids
 
 
 @pytest.fixture
 def coarse(monkeypatch):
     """The pictures, the mesh and the measures of a run, but small ones."""
-    for name, sizes in (("write_all", {"size": 8, "frames": 24, "cells": 24}),
+    for name, sizes in (("write_all", {"size": 8, "frames": 2, "cells": 16}),
                         ("view_scores", {"samples": 4})):
         made = functools.partial(getattr(text_to_3d, name), **sizes)
         monkeypatch.setattr(text_to_3d, name, made)
@@ -53,36 +56,53 @@ def test_scene_asks_each_view_for_its_own_prompt():
     close(cond[:, 0, 0], torch.tensor([float(len(f"a mug, {word} view")) for word in words]))
     assert set(words) == {"front", "side", "back", "overhead"}
     assert (distance >= 2.75 - 1e-4).all() and (distance <= 3.1 + 1e-4).all()
-    s, seen = make_scene(samples=5), []
+    s, cameras, places = make_scene(samples=5), [], []
     picture, occupancy = s.picture, s.nerf.occupancy
-    s.picture = lambda c2w, *rest: seen.append(c2w) or picture(c2w, *rest)
-    s.nerf.occupancy = lambda x: seen.append(x) or occupancy(x)
-    assert torch.equal(s()[2], seen[0].flatten(1)) and seen[1].shape == (3 * 4 * 4, 5, 3)
+
+    def taken(c2w, *rest):
+        cameras.append(c2w)
+        return picture(c2w, *rest)
+
+    def occupied(x):
+        places.append(x)
+        return occupancy(x)
+    s.picture, s.nerf.occupancy = taken, occupied
+    assert torch.equal(s().camera, cameras[0].flatten(1)) and places[0].shape == (3 * 4 * 4, 5, 3)
     low = elevation < 50
     assert 0.75 < low.float().mean() < 0.98                       # an eighth is seen from above
     assert (elevation[low] > 4.9).all() and (elevation[low] < 35.1).all()
-    x0, cond, camera = make_scene()()
+    x0, cond, camera, source, _ = make_scene()()
     assert x0.shape == (3, 3, 8, 8) and cond.shape == (3, 1, 1) and camera.shape == (3, 16)
+    assert source is None
 
 
 @pytest.mark.parametrize("changes", [{"sparsity": 3.0}, {"background": "learnt"},
                                      {"background": "random", "opaque": 0.0}])
-def test_views_one_by_one_have_the_gradient_of_all(folders, changes):  # noqa: F811
+def test_views_one_by_one_have_the_gradient_of_all(prior, changes):  # noqa: F811
     """Eq. 7's, the regulariser's, and φ's, up to rounding."""
-    prior, found = asd.Prior.from_pretrained(folders["epsilon"], "cpu"), []
+    found, cond = [], prior.encode_text(["a mug"])
     method = asd.Method(steps=1, t_min=0.5, t_max=0.5)
     for size in (None, 2, 1):
         scene = text_to_3d.Scene(prior, small(), "a mug", rng(4), 4, views=3, samples=8,
                                  resolution=(4, 16), **changes)
-        phi = text_to_3d.LoRAPhi(prior, camera=16)
+        phi = LoRAPhi(prior, camera=16)
         state = asd.State(scene, phi, method, scene.rng)
-        asd.distill(prior, scene, None, method, state=state, micro_batch=size)
+        asd.distill(prior, scene, cond, method, state=state, micro_batch=size)
         found.append([p.grad for part in (scene, phi) for p in part.parameters()
                       if p.grad is not None])
     for grads in found[1:]:
-        for one, other in zip(grads, found[0], strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3,
-                                       atol=1e-3 * other.abs().max().item() + 1e-9)
+        for grad, expected in zip(grads, found[0], strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-3,
+                                       atol=1e-3 * expected.abs().max().item() + 1e-9)
+
+
+def test_some_views_are_those_of_all():
+    """forward(rows): the same random numbers, whichever are rendered (several processes)."""
+    everything, some = make_scene(background="random")(), make_scene(background="random")
+    samples = some(torch.tensor([2, 0]))
+    for part in ("x0", "cond", "camera"):
+        close(getattr(samples, part), getattr(everything, part)[[2, 0]])
+    assert some.batch == 3
 
 
 def test_scene_ranges_of_one_value_and_others():
@@ -98,7 +118,7 @@ def test_scene_ranges_of_one_value_and_others():
     assert 61.9 < elevation.min() < 64 and 78 < elevation.max() < 80.1
     assert (make_scene().cameras()[1] == 40).all()
     wide, narrow = (make_scene(fovy=(f, f), late=0.0) for f in (120.0, 20.0))
-    assert wide()[0].mean() > narrow()[0].mean()                  # more of the white around it
+    assert wide().x0.mean() > narrow().x0.mean()                  # more of the white around it
 
 
 def test_scene_renders_finer_later():
@@ -116,7 +136,7 @@ def test_scene_is_enlarged_linearly():
     ramp = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 4, 4, 3)
     s.picture = lambda *_: Picture(ramp, torch.ones(1, 4, 4), None)
     expected = ((torch.arange(16) + 0.5) / 4 - 0.5).clamp(0, 3).view(8, 2).mean(1)
-    close(s()[0], expected.expand(1, 3, 8, 8))
+    close(s().x0, expected.expand(1, 3, 8, 8))
 
 
 def test_scene_regularisers_by_hand():
@@ -143,7 +163,7 @@ def test_scene_regularisers_by_hand():
 def test_scene_backgrounds(background):
     s = make_scene(background=background)
     s.nerf.inner[2].bias.data[0] = -100
-    x0 = s()[0]
+    x0 = s().x0
     assert (x0 == 1).all() == (background == "white")
     assert x0[0].flatten(1).std(1).max() < 1e-6                   # one colour per view
     if background == "learnt":
@@ -153,10 +173,10 @@ def test_scene_backgrounds(background):
 
 def test_rows_in_3d_are_the_others_at_its_own_rates():
     for name, row in text_to_3d.methods().items():
-        other = text_to_3d.variants.all_methods()[name]
+        same = variants.all_methods()[name]
         assert (row.lr, row.lr_end, row.omega, row.steps) == (0.02, 0.05, "sigma2", 600)
-        assert (row.phi, row.lam, row.phi_lr) == (other.phi, other.lam, other.phi_lr)
-        assert row.gamma == (-0.5 if name == "asd" else other.gamma)       # the paper's 3D setting
+        assert (row.phi, row.lam, row.phi_lr) == (same.phi, same.lam, same.phi_lr)
+        assert row.gamma == (-0.5 if name == "asd" else same.gamma)       # the paper's 3D setting
 
 
 def test_scene_rates():
@@ -167,18 +187,14 @@ def test_scene_rates():
 
 
 @pytest.fixture
-def cli(folders, tmp_path, monkeypatch, coarse, capsys):      # noqa: F811
+def cli(model, tmp_path, monkeypatch, coarse, capsys):        # noqa: F811
     """cli(*flags) -> (status, stdout, stderr) of a short run of the tiny model."""
     monkeypatch.chdir(tmp_path)
+    scene = ["--samples", "4", "--resolution", "4", "8", "--levels", "2", "--table", "8"]
 
-    def call(*flags):
-        if "--resume" not in flags:
-            flags = ("--prompt", "a red ball", "--model", str(folders["epsilon"]), "--settings",
-                     "tiny", "--out", "run", "--device", "cpu", "--samples", "8",
-                     "--resolution", "8", "16", *flags)
-        status = text_to_3d.main([str(flag) for flag in flags])
-        return status, *capsys.readouterr()
-    return call
+    def main(flags):
+        return text_to_3d.main(flags if "--resume" in flags else [*scene, *flags])
+    return caller(main, model, capsys)
 
 
 class Truth(Ball):
@@ -198,60 +214,73 @@ class Truth(Ball):
 def test_scores_of_the_truth():
     """The silhouettes agree from all sides, if the handle is where it should be; and tiny-clip
     sees a red mug rather than a fox."""
-    mug, other = (text_to_3d.view_scores(Truth(), text) for text in ("a red mug", "a fox"))
+    mug, fox = (text_to_3d.view_scores(Truth(), text) for text in ("a red mug", "a fox"))
     assert mug["iou"] > 0.98 and 17 < mug["psnr"] < 40
     assert text_to_3d.view_scores(Truth((1, -1, 1)), "a red mug")["iou"] < 0.9
     if "clip" in mug:                                            # where tiny/clip is
-        assert set(other) == {"clip"} and other["clip"] < mug["clip"] - 0.1
+        assert set(fox) == {"clip"} and fox["clip"] < mug["clip"] - 0.1
 
 
-def test_text_to_3d_command(cli, tmp_path):
+def test_text_to_3d_command(cli):
     """Everything a run leaves behind; an empty field costs the mesh, not the run."""
-    status, out, err = cli("--steps", 2, "--threshold", 5, "--sparsity", 1, "--opaque", 1)
+    flags = ["--prompt", "a red ball", "--sparsity", 1, "--opaque", 1]
+    status, out, err = cli(*flags, "--steps", 2, "--threshold", 5)
     assert status == 0 and "silhouette IoU" in out and out.endswith("run/viewer.html\n"), err
-    files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files >= {"config.json", "metrics.jsonl", "checkpoint.safetensors", "progress.png",
-                     "phi", "nerf.safetensors", "views.png", "turntable.gif", "mesh.glb",
-                     "viewer.html"}
-    fields = [NeRF.load(tmp_path / "run/nerf.safetensors"), NeRF(seed=0)]
-    for one, other in zip(*(field.parameters() for field in fields)):
-        assert (one.shape == (3,)) or not torch.equal(one, other)            # all but a background
-    row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert contents("run").keys() == {
+        "config.json", "metrics.jsonl", "checkpoint.safetensors", "progress.png",
+        "phi/pytorch_lora_weights.safetensors", "phi/camera.safetensors", "nerf.safetensors",
+        "views.png", "turntable.gif", "mesh.glb", "viewer.html"}
+    field = NeRF.load("run/nerf.safetensors")
+    fresh = NeRF(**field.settings)
+    for name, parameter in field.named_parameters():
+        assert name == "background" or not torch.equal(parameter, fresh.get_parameter(name)), name
+    row = metrics("run")[-1]
     assert row["step"] == 2 and row["psnr"] > 0 and 0 <= row["iou"] <= 1
-    status, out, err = cli("--steps", 1, "--threshold", 1e6, "--out", "run2",
-                                  "--method", "sds")
+    status, out, err = cli("--steps", 1, "--threshold", 1e6, "--out", "run2", "--method", "sds")
     assert status == 0 and "no mesh: no surface" in err and out.endswith("turntable.gif\n")
 
 
-@pytest.mark.parametrize("flags", [
-    ["vsd", "--phi", "embedding"], ["vsd", "--phi", "exact"], ["csd"],
-    ["csd", "--negative", "a fox"],
-    ["nfsd", "--negative", "a fox"],
-    ["bridge", "--source-words", "a fox", "--target-words", "a {}"]], ids=" ".join)
-def test_every_method_makes_3d(cli, tmp_path, flags):
-    status, _, err = cli("--steps", 2, "--method", *flags)
-    assert status == 0, err
-    table = NeRF.load(tmp_path / "run/nerf.safetensors").table
-    assert table.isfinite().all() and not torch.equal(table, NeRF(seed=0).table)
+@pytest.mark.parametrize("name, options", [
+    ("embedding", {}), ("exact", {}), ("csd", {"negative": "a fox"}), ("nfsd", {}),
+    ("bridge", {"source_words": "a fox", "target_words": "a {}"})])
+def test_every_phi_makes_3d(prior, name, options):  # noqa: F811
+    """One step, by a φ that is made of the prompts of all views, as the command makes it."""
+    row = replace(text_to_3d.methods()["vsd"], phi=variants.ALL_PHIS[name], steps=1)
+    scene = text_to_3d.Scene(prior, small(), "a mug", rng(4), 1, views=2, samples=8,
+                             resolution=(4, 4))
+    views = [f"a mug, {word} view" for word in scene.prompts]
+    phi = asd.make_phi(row, prior, views, **options)
+    before = scene.nerf.table.detach().clone()
+    state = asd.State(scene, phi, row, scene.rng)
+    asd.distill(prior, scene, prior.encode_text(["a mug"]), row, state=state)
+    assert scene.nerf.table.isfinite().all() and not torch.equal(scene.nerf.table, before)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_text_to_3d_with_a_prior_in_half_precision(cli, tmp_path, dtype):
-    """The NeRF and what is stored stay float32."""
-    status, _, err = cli("--steps", 1, "--dtype", dtype)
-    assert status == 0, err
-    stored = load_file(tmp_path / "run/checkpoint.safetensors")
-    assert {v.dtype for name, v in stored.items() if name.startswith(("theta", "phi"))} == \
-        {torch.float32}
+def test_a_scene_of_a_prior_in_half_precision(load):  # noqa: F811
+    """The NeRF, φ and their optimisers stay float32."""
+    prior = load(dtype=torch.bfloat16)  # noqa: F811
+    row = replace(text_to_3d.methods()["asd"], steps=1)
+    scene = text_to_3d.Scene(prior, small(), "a mug", rng(4), 1, views=1, samples=8,
+                             resolution=(4, 4))
+    state = asd.State(scene, LoRAPhi(prior, camera=16), row, scene.rng)
+    asd.distill(prior, scene, prior.encode_text(["a mug"]), row, state=state)
+    stored = {name: tensor for name, tensor in tensors(state).items() if tensor.is_floating_point()}
+    assert len(stored) > 20 and {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
-def test_phi_is_told_the_prompt_without_the_view(cli, monkeypatch):
-    seen = []
-    monkeypatch.setattr(asd, "distill", lambda prior, generator, cond, method, state, **_:
-                        seen.append((prior, state.phi)))
-    assert cli("--steps", 1)[0] == 0
-    prior, phi = seen[0]
-    assert torch.equal(phi.cond, prior.encode_text(["a red ball"]))
+def test_phi_gets_the_prompt_without_the_view(cli, monkeypatch):
+    """Or, where it is no LoRA, the prompts of all views."""
+    made = []
+
+    def keep(prior, generator, cond, method, state, **_):
+        made.append((prior, state.phi))
+    monkeypatch.setattr(asd, "distill", keep)
+    assert cli("--steps", 1, "--prompt", "a red ball")[0] == 0
+    assert cli("--steps", 1, "--prompt", "a red ball", "--method", "bridge", "--out", "2")[0] == 0
+    (prior, lora), (_, bridge) = made  # noqa: F811
+    assert torch.equal(lora.cond, prior.encode_text(["a red ball"]))
+    views = [f"a red ball, {word} view" for word in solids.VIEWS]
+    assert torch.equal(bridge.plain, prior.encode_text(views))
 
 
 @cuda
@@ -261,15 +290,14 @@ def test_a_cuda_run_goes_on(cli, kernels):
     assert cli("--resume", "run", "--steps", 3)[0] == 0
 
 
-def test_a_resumed_run_ends_in_the_same_bits(cli, tmp_path):
-    """As long as what depends on the number of steps (--late, --t-late, --lr-end) does not differ.
-    """
+def test_a_resumed_run_ends_in_the_same_bits(cli):
+    """As long as --late, --t-late and --lr-end, which depend on the number of steps, do nothing."""
     flags = ("--late", 0, "--t-late", 0, "--lr-end", 1, "--save-every", 1)
-    assert cli(*flags, "--steps", 3)[0] == 0
+    assert cli(*flags, "--steps", 2)[0] == 0
     assert cli(*flags, "--steps", 1, "--out", "cut")[0] == 0
-    status, _, err = cli("--resume", "cut", "--steps", 3)
+    status, _, err = cli("--resume", "cut", "--steps", 2)
     assert status == 0, err
-    whole, cut = (load_file(tmp_path / run / "checkpoint.safetensors") for run in ("run", "cut"))
+    whole, cut = checkpoint("run"), checkpoint("cut")
     for name, tensor in whole.items():
         assert name.startswith("frame") or torch.equal(tensor, cut[name]), name
 
@@ -277,7 +305,7 @@ def test_a_resumed_run_ends_in_the_same_bits(cli, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--prompt", " "], "--prompt that is not empty"), ([], "--prompt that is not empty"),
     (["--prompt", "a mug", "--distance", "3", "2"], "least value first"),
-    (["--prompt", "a mug", "--lam-phi", "2"], "--lam-phi has no use here"),
+    (["--prompt", "a mug", "--lam-phi", "2"], "--lam-phi has no use in 3D"),
     (["--prompt", "a mug", "--kernels", "cuda"], "--kernels")])
 def test_mistakes_are_one_line(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -23,15 +23,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import asd
-import export
 import prior as prior_file
-import runs
 import variants
-from asd import Latents, NoisePhi, State
+from asd import NoisePhi, State
 from claims import exact as exact_claim
+from cli.files import load_tensors, tensors
 from conftest import GaussianMixture, cosine, particle_eps, randn
-from files import load_tensors, tensors
-from prior import ddim_samples, ode_end, one_step_x0
+from prior import Latents, ddim_samples, ode_end, one_step_x0
 from test_asd import close, mutants, noise, seeds, shapes
 from test_distill import (  # noqa: F401 (fixtures)
     PROMPT,
@@ -39,12 +37,13 @@ from test_distill import (  # noqa: F401 (fixtures)
     cuda,
     folders,
     load,
+    needs_tiny_sd,
     prior,
     rng,
     same,
     tiny,
 )
-from test_runs import caller, checkpoint, contents, metrics, model  # noqa: F401 (a fixture)
+from test_runs import caller, contents, metrics, model  # noqa: F401 (a fixture)
 from test_runs import one_line as of_a_command
 from tiny import corrective, data
 from tiny.corrective import Bias, save_bias
@@ -66,7 +65,7 @@ ROWS = {**METHODS, "exact": replace(asd.METHODS["vsd"], phi=Exact)}
 
 # -------------------------------------------------------------------------------------- helpers
 class ExactPrior:
-    """A Gaussian mixture that answers like asd.Prior; a prompt's last word names its class."""
+    """A Gaussian mixture that answers like Prior; a prompt's last word names its class."""
 
     name, device = "exact", torch.device("cpu")
 
@@ -84,24 +83,25 @@ class ExactPrior:
 
     def eps(self, x_t, t, cond):
         out, flat = torch.empty(x_t.shape, dtype=torch.float64), x_t.flatten(1)
-        levels = [level.flatten(1) for level in self.alpha_sigma(t)]
-        for row in cond.unique():
-            mine = cond.flatten() == row
-            y = None if row == 0 else int(row) - 1
-            said = self.mixture.eps(flat[mine], *(level[mine] for level in levels), y)
-            out[mine] = said.view_as(x_t[mine])
+        alpha_t, sigma_t = (level.flatten(1) for level in self.alpha_sigma(t))
+        for number in cond.unique():
+            rows = cond.flatten() == number
+            y = None if number == 0 else int(number) - 1
+            eps = self.mixture.eps(flat[rows], alpha_t[rows], sigma_t[rows], y)
+            out[rows] = eps.view_as(x_t[rows])
         return out
 
 
-class Said(ExactPrior):
-    """Says what it was told to say: `says[i]` [B, C, H, W] for its i-th word."""
+class ScriptedPrior(ExactPrior):
+    """Predicts given noise: answers[i] [B, C, H, W] for its word number i."""
 
-    def __init__(self, says, words=()):
-        super().__init__(GaussianMixture(torch.zeros(1, 1), [1.0]), says[0].shape[1:], words=words)
-        self.says = says
+    def __init__(self, answers, words=()):
+        mixture = GaussianMixture(torch.zeros(1, 1), [1.0])
+        super().__init__(mixture, answers[0].shape[1:], words=words)
+        self.answers = answers
 
     def eps(self, x_t, t, cond):
-        return torch.stack([self.says[int(row)][i] for i, row in enumerate(cond.flatten())])
+        return torch.stack([self.answers[int(word)][i] for i, word in enumerate(cond.flatten())])
 
 
 def gaussian(mean=0.0, std=1.0, dim=3, **kwargs):
@@ -109,16 +109,17 @@ def gaussian(mean=0.0, std=1.0, dim=3, **kwargs):
 
 
 def bracket(phi, eps_uncond, eps_y, eps, lam, t=None, cond=None, x_t=None):
-    """Eq. 7's bracket with this φ, which is told what it asks for beside ε_∅ and ε_y."""
+    """Eq. 7's bracket with this φ, which is given what it asks for beside ε_∅ and ε_y."""
     x_t = eps if x_t is None else x_t
     t = torch.full((len(eps),), 500) if t is None else t
     cond = torch.ones(len(eps), 1, 1, dtype=torch.float64) if cond is None else cond
-    more = []
+    answers = {"uncond": eps_uncond, "y": eps_y}
     if isinstance(phi, (CSD, NFSD)):
-        extra = phi.asks(getattr(phi, "step", 0), x_t, t, cond, cond, lam)[2:]
-        more = asd.ask(phi.prior, extra) if extra and extra != [None] else extra
-    eps_phi = phi(x_t, t, cond, eps, None, eps_uncond, eps_y, *more)
-    return asd.generator_grad(eps_uncond, eps_y, eps_phi, lam)
+        prompts = phi.prompts(getattr(phi, "step", 0), cond, cond)
+        answers |= asd.ask(phi.prior, [{"y": (x_t, t, cond)} | {
+            name: (x_t, t, prompt) for name, prompt in prompts.items()}])[0]
+        answers["y"] = eps_y
+    return asd.generator_grad(eps_uncond, eps_y, phi(x_t, t, cond, eps, None, answers), lam)
 
 
 def table(row, *tensors):
@@ -126,10 +127,10 @@ def table(row, *tensors):
     return sum(c * tensor for c, tensor in zip(row, tensors))
 
 
-def make_state(prior, method, generator=None, seed=0, words=None):  # noqa: F811
+def make_state(prior, method, generator=None, seed=0, options=None):  # noqa: F811
     random = rng(seed)
     generator = generator(random) if generator else Latents(prior, 2, random)
-    phi = asd.make_phi(method, prior, PROMPT, **(words or {}))
+    phi = asd.make_phi(method, prior, PROMPT, **(options or {}))
     return State(generator, phi, method, random)
 
 
@@ -148,7 +149,8 @@ def untrained(tmp_path_factory):
     return path
 
 
-def words_of(name, untrained):
+def options_of(name, untrained):
+    """What a φ is made with where its default will not do: the tiny model has no corrective."""
     return {"corrective": untrained} if name == "lmc" else {}
 
 
@@ -264,20 +266,20 @@ def test_csd_row(shape, seed, lam, step):
             "refine": (1, -1 + late / 2, -late / 2, 0)}
     assert rows.keys() == CSD_SCHEDULES.keys()
     for schedule, row in rows.items():
-        phi = CSD(Said([eps_uncond, eps_neg], ["bad"]), [], lam, 40, "bad", schedule)
+        phi = CSD(ScriptedPrior([eps_uncond, eps_neg], ["bad"]), [], lam, 40, "bad", schedule)
         phi.step = step
         close(bracket(phi, eps_uncond, eps_y, eps, lam), (lam - 1) * table(row, *tensors))
 
 
 def test_csd_is_eps_y_by_default():
     eps_y, eps_uncond, eps = noise(0, (2, 1, 3, 3), 3)
-    phi = CSD(Said([eps_uncond]), [], 7.5, 10)
+    phi = CSD(ScriptedPrior([eps_uncond]), [], 7.5, 10)
     close(phi(eps, None, None, eps, None, eps_uncond, eps_y), eps_y)
 
 
 def test_csd_has_no_gradient_at_lam_1():
     with pytest.raises(ValueError, match="--lam 1"):
-        CSD(Said([torch.zeros(1, 1, 1, 1)]), [], 1.0, 10)
+        CSD(ScriptedPrior([torch.zeros(1, 1, 1, 1)]), [], 1.0, 10)
 
 
 @given(shapes, seeds, guidance)
@@ -300,7 +302,7 @@ def test_nfsd_row(shape, seed, lam):
 def test_bridge_rows(shape, seed, lam):
     """Stage 1 is SDS; stage 2 is λ(ε_tgt − ε_src), also at λ = 1, where guidance asks for no ∅."""
     eps_y, eps_uncond, source, target, eps = noise(seed, shape, 5)
-    says = Said([eps_uncond, eps_y, source, target], ["y", "real", "painted"])
+    says = ScriptedPrior([eps_uncond, eps_y, source, target], ["y", "real", "painted"])
     phi = Bridge(says, ["y"], lam, 10, "painted", "real", bridge_start=0.5)
     says.says[2:] = target, source                     # in the order of the words
     y, null = says.encode_text(["y"] * len(eps)), says.encode_text([""])
@@ -317,7 +319,7 @@ def test_bridge_rows(shape, seed, lam):
 def test_lmc_row(shape, seed, lam):
     """λ(ε_y − ε_∅) + (α/σ)(b_k(x0, t) − x̂0); where b_k = x0, it is SDS's row."""
     eps_y, eps_uncond, eps, x0, b = noise(seed, shape, 5)
-    says, t = Said([eps_uncond]), torch.full((len(eps),), 300)
+    says, t = ScriptedPrior([eps_uncond]), torch.full((len(eps),), 300)
     alpha_t, sigma_t = says.alpha_sigma(t)
     x_t = asd.add_noise(x0, eps, alpha_t, sigma_t)
     phi = lmc(says, lambda x, t: b)
@@ -495,7 +497,7 @@ def test_lmc_network_learns_the_closed_form():
 
 def test_lmc_untrained_is_sds(prior, untrained):  # noqa: F811
     ends = [go(prior, replace(METHODS[name] if name == "lmc" else asd.METHODS["sds"], steps=1,
-                              lam=2.0), words=words_of(name, untrained)).generator.theta.grad
+                              lam=2.0), options=options_of(name, untrained)).generator.theta.grad
             for name in ("lmc", "sds")]
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
@@ -621,7 +623,7 @@ def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, caps
 def test_exact_is_vsd_at_lam_eff(seed, count, gamma, lam, bandwidth):
     """ASD's bracket with the exact φ is 1/(1 + γ) times VSD's at λ_eff = 1 + (1 + γ)(λ − 1)."""
     eps_uncond, eps_y, eps, x0 = noise(seed, (count, 2, 3, 3), 4)
-    says, t = Said([eps_uncond]), torch.randint(20, 980, (count,), generator=rng(seed))
+    says, t = ScriptedPrior([eps_uncond]), torch.randint(20, 980, (count,), generator=rng(seed))
     x_t = asd.add_noise(x0, eps, *says.alpha_sigma(t))
     ours, vsd = (bracket(Exact(says, [], g, bandwidth), eps_uncond, eps_y, eps, guidance, t,
                          x_t=x_t) for g, guidance in ((gamma, lam),
@@ -631,7 +633,7 @@ def test_exact_is_vsd_at_lam_eff(seed, count, gamma, lam, bandwidth):
 
 def test_exact_blurs_its_particles():
     eps_y, eps, x0 = noise(0, (3, 2, 2, 2), 3)
-    says, t = Said([eps_y]), torch.tensor([300, 500, 900])
+    says, t = ScriptedPrior([eps_y]), torch.tensor([300, 500, 900])
     levels, cond = says.alpha_sigma(t), torch.ones(3, 1, 1)
     x_t = asd.add_noise(x0, eps, *levels)
     for h in (0.0, 0.7):
@@ -644,13 +646,13 @@ def test_exact_of_one_particle_is_sds_at_lam_eff(seed, gamma, lam):
     """A single particle's noise is known: ε_g = ε, up to the particle's own rounding."""
     eps_uncond, eps_y, eps = noise(seed, (1, 2, 3, 3), 3)
     lam_eff = 1 + (1 + gamma) * (lam - 1)
-    close(bracket(Exact(Said([eps]), [], gamma), eps_uncond, eps_y, eps, lam),
+    close(bracket(Exact(ScriptedPrior([eps]), [], gamma), eps_uncond, eps_y, eps, lam),
           asd.sds_grad(eps_uncond, eps_y, eps, lam_eff) / (1 + gamma))
 
 
 def test_exact_keeps_prompts_apart():
     eps_uncond, eps_y, eps = noise(0, (5, 2, 1, 1), 3)
-    t, phi = torch.tensor([100, 500, 900, 950, 700]), Exact(Said([eps]), [], 0.0)
+    t, phi = torch.tensor([100, 500, 900, 950, 700]), Exact(ScriptedPrior([eps]), [], 0.0)
     cond = torch.tensor([1.0, 2, 1, 2, 1]).view(-1, 1, 1)
     whole = phi(eps, t, cond, eps.flip(0), None, eps_uncond, eps_y)
     for mine in (cond.flatten() == 1, cond.flatten() == 2):
@@ -700,7 +702,7 @@ def test_exact_spreads_the_particles_of_the_loop():
 def test_unet_evaluations_per_particle_and_step(prior, untrained, name, changes, words,  # noqa: F811
                                                 evaluations):
     method = replace(ROWS[name], steps=2, **changes)
-    state = make_state(prior, method, words=words | words_of(name, untrained))
+    state = make_state(prior, method, words=words | options_of(name, untrained))
     for i, expected in enumerate(evaluations):
         with counted(prior.network) as counts:
             go(prior, replace(method, steps=i + 1), state)
@@ -711,7 +713,7 @@ def test_unet_evaluations_per_particle_and_step(prior, untrained, name, changes,
 def test_micro_batches_change_nothing(prior, untrained, name):  # noqa: F811
     """An exact φ is always given all particles at once."""
     method = replace(ROWS[name], steps=2, **({"lam": 1.0} if name == "bridge" else {}))
-    words = words_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
+    words = options_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
     words |= {"bridge_start": 0.0, "bridge_steps": 2} if name == "bridge" else {}
     ends = [go(prior, method, make_state(prior, method, words=words), size).generator.theta
             for size in (None, 1)]
@@ -721,7 +723,7 @@ def test_micro_batches_change_nothing(prior, untrained, name):  # noqa: F811
 @pytest.mark.parametrize("name", ROWS)
 def test_nothing_is_trained_but_theta(prior, untrained, name):  # noqa: F811
     before = copy.deepcopy(prior.network.state_dict())
-    state = go(prior, replace(ROWS[name], steps=2), words=words_of(name, untrained))
+    state = go(prior, replace(ROWS[name], steps=2), options=options_of(name, untrained))
     assert state.opt_phi is None and same(before, prior.network.state_dict())
     assert state.generator.theta.isfinite().all()
 
@@ -733,7 +735,7 @@ def test_nothing_is_trained_but_theta(prior, untrained, name):  # noqa: F811
 @pytest.mark.parametrize("name", ROWS)
 def test_other_devices_and_half_precision(load, untrained, name, device, dtype):  # noqa: F811
     """One step from the same draws: θ stays float32, and goes where the CPU's float32 sends it."""
-    words = words_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
+    words = options_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
     words |= {"bridge_start": 0.0, "bridge_steps": 3} if name == "bridge" else {}
     method, steps = replace(ROWS[name], steps=1, t_min=0.3), []
     for where in (("cpu", torch.float32), (device, dtype)):
@@ -777,7 +779,7 @@ def test_n_plus_m_steps_are_n_then_m(prior, untrained, name, changes, generator)
     """Fixed noise, the network's own draws and the φs that know the step: bit for bit."""
     method = replace((asd.METHODS | METHODS)[name], steps=4, t_late=1.0, **changes)
     made = None if generator is None else lambda random: generator(prior, random)
-    words = words_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
+    words = options_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
 
     def fresh(seed=0):
         return make_state(prior, method, made, seed, words)
@@ -933,7 +935,7 @@ def test_no_option_is_swallowed(prior, untrained, name):  # noqa: F811
     """A φ takes what it takes: a misspelt option is an error where a person makes one."""
     method = replace(ROWS["exact"], phi=variants.ALL_PHIS[name])
     with pytest.raises(TypeError, match="negtive"):
-        asd.make_phi(method, prior, PROMPT, negtive="blurry", **words_of(name, untrained))
+        asd.make_phi(method, prior, PROMPT, negtive="blurry", **options_of(name, untrained))
 
 
 def test_a_phi_takes_one_prompt_or_all(prior):  # noqa: F811
@@ -955,7 +957,7 @@ def test_a_network_on_cuda_goes_on(cli):
 @pytest.mark.parametrize("name", ["sds", *ROWS])
 def test_time_of_a_step_of_tiny_sd(benchmark, tiny, untrained, name):  # noqa: F811
     method = replace((asd.METHODS | ROWS)[name], steps=0, t_min=0.25)
-    words = words_of(name, untrained) | ({"bridge_start": 0.0} if name == "bridge" else {})
+    words = options_of(name, untrained) | ({"bridge_start": 0.0} if name == "bridge" else {})
     state = make_state(tiny, method, lambda random: Latents(tiny, 1, random), words=words)
 
     def step():

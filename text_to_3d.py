@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import asd
-import runs
 import variants
+from cli import run
+from cli.settings import SceneSettings, phi_options
 from nerf import (
     NeRF,
     camera_to_world,
@@ -31,8 +32,10 @@ from nerf import (
     solid_pictures,
     use_triton,
     write_all,
+    write_around,
 )
 from phi import LoRAPhi
+from prior import UserError
 from tiny import solids
 from tiny.judge import clip_score
 
@@ -95,28 +98,27 @@ class Scene(nn.Module):
     def batch(self):
         return self.views
 
-    def parts(self, units):
-        """Of each of some lists of views, lazily: what forward() returns."""
+    def forward(self, rows=None):
+        """-> Samples: the views, or those with these numbers, their prompts, their cameras [B, 16].
+
+        The random numbers are those of all views, whichever are rendered.
+        """
         if self.step % 16 == 0:
             self.update_grid(self.rng)
+        rows = torch.arange(self.views, device="cpu") if rows is None else rows
         c2w, fovy, cond = self.cameras()
-        size, behind = self.resolution[int(self.step >= self.late * self.steps)], torch.ones(1)
+        size = self.resolution[int(self.step >= self.late * self.steps)]
+        behind = torch.ones(self.views, 1, 1, 3)
         if self.background == "random":
             behind = torch.rand(self.views, 1, 1, 3, generator=self.rng)
-        behind = behind.expand(self.views, 1, 1, 3)
         places = torch.rand(self.views, size * size, self.samples, generator=self.rng)
         self.step += 1
-        for rows in units:
-            picture = self.picture(c2w[rows], size, places[rows].flatten(0, 1), fovy[rows],
-                                   behind[rows])
-            self.opacity = picture.opacity
-            rgb = F.interpolate(picture.rgb.permute(0, 3, 1, 2), self.prior.image_size,
-                                mode="bilinear", align_corners=False)
-            yield self.prior.encode_image(rgb), cond[rows], c2w[rows].flatten(1)
-
-    def forward(self):
-        """-> (x0 [B, C, H, W], the views' prompts [B, L, C], cameras [B, 16] for φ)."""
-        return next(self.parts([slice(None)]))
+        picture = self.picture(c2w[rows], size, places[rows].flatten(0, 1), fovy[rows],
+                               behind[rows])
+        self.opacity = picture.opacity
+        rgb = F.interpolate(picture.rgb.permute(0, 3, 1, 2), self.prior.image_size,
+                            mode="bilinear", align_corners=False)
+        return asd.Samples(self.prior.encode_image(rgb), cond[rows], c2w[rows].flatten(1))
 
     def regulariser(self):
         """sparsity · E[√(o² + 0.01)] + opaque · E[H(o)] of the last views' opacities o. -> scalar.
@@ -161,11 +163,9 @@ def eight_views(prompt):
 
 
 # ----------------------------------------------------------------------------------- command line
-# the Scene's own settings, and the NeRF's
+# the Scene's own settings
 SCENE = {name: p.default for name, p in inspect.signature(Scene).parameters.items()
          if p.default is not p.empty}
-DEFAULTS = SCENE | {"prompt": None, "blob": 10.0, "blob_radius": 0.5, "threshold": 10.0,
-                    "kernels": "auto", "levels": 8, "table": 15, "finest": 96}
 
 
 # its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (2.1), its
@@ -188,84 +188,65 @@ def methods():
     return rows | {"asd": replace(rows["asd"], gamma=-0.5)}
 
 
-def add_flags(add):
-    some = runs.number(float)
-    variants.add_options(add)
-    add("--prompt", metavar="TEXT", help="what to make")
-    add("--views", type=runs.number(int, 1), help="pictures per step (default 2)")
-    add("--samples", type=runs.number(int, 2), help="along each ray (default 48)")
-    add("--elevation", type=runs.number(float, -90, 90), nargs=2,
-        help="degrees, least and largest (default 5 35)")
-    add("--overhead", type=runs.number(float, 0, 1), help="the part seen from above "
-        "(default 0.125)")
-    add("--distance", type=runs.number(float, 1e-3, 1e6), nargs=2, help="of the camera (2.75 3.1)")
-    add("--azimuth", type=runs.number(float, -1e6, 1e6), nargs=2,
-        help="degrees, 0 is the front (default -180 180)")
-    add("--fovy", type=runs.number(float, 1, 170), nargs=2, help="vertical angle of view, degrees "
-        "(default 40 40)")
-    add("--resolution", type=runs.number(int, 4), nargs=2, help="pixels, at first and later "
-        "(default 32 64)")
-    add("--late", type=runs.number(float, 0, 1), help="when: a fraction of the steps (0.3)")
-    add("--background", choices=["white", "random", "learnt"], help="default white")
-    add("--sparsity", type=some, help="weight against fog (default 0)")
-    add("--opaque", type=some, help="weight against half-tones (default 100)")
-    add("--blob", type=some, help="density at the origin at the start (default 10)")
-    add("--blob-radius", type=runs.number(float, 1e-3), help="where it ends (default 0.5)")
-    add("--levels", type=runs.number(int, 1, 32), help="of the hash grid (default 8)")
-    add("--table", type=runs.number(int, 4, 24), help="log2 of its entries a level (default 15)")
-    add("--finest", type=runs.number(int, 8, 8192), help="cells of its finest level (default 96)")
-    add("--threshold", type=runs.number(float, 0), help="density of the mesh's surface "
-        "(default 10)")
-    add("--kernels", choices=["auto", "torch", "triton"], help="default auto: Triton on CUDA")
-
-
 def check(settings):
-    """What can be said before anything is loaded."""
+    """UserError for what does not fit together, before anything is loaded."""
     for name in ("elevation", "azimuth", "fovy", "distance"):
-        if settings[name][0] > settings[name][1]:
-            raise runs.UserError(f"--{name} takes the least value first")
-    if settings["lam_phi"] != 1:
-        raise runs.UserError("--lam-phi has no use here: φ is told one prompt throughout")
+        least, largest = getattr(settings, name)
+        if least > largest:
+            raise UserError(f"--{name} takes the least value first")
+    if settings.lam_phi != 1:
+        raise UserError("--lam-phi has no use in 3D: φ is given one prompt throughout")
 
 
-def build(settings, prior, method, rng, folder, anew):
-    """The Scene, and φ: a LoRA is told the camera, and the prompt without the view."""
-    use_triton(settings["kernels"], torch.empty(0, device=prior.device))     # ValueError, if not
-    nerf = NeRF(blob=settings["blob"], blob_radius=settings["blob_radius"],
-                kernels=settings["kernels"], seed=settings["seed"], levels=settings["levels"],
-                size=2 ** settings["table"], finest=settings["finest"])
-    scene = Scene(prior, nerf, settings["prompt"], rng, method.steps,
-                  **{key: settings[key] for key in SCENE})
-    cond = prior.encode_text([settings["prompt"]])
-    prompts, options = [settings["prompt"]], runs.told(settings, method.phi)
+def build(settings, prior, method, rng, folder, new):
+    """The Scene, and φ: a LoRA is given the camera, and the prompt without the view."""
+    use_triton(settings.kernels, torch.empty(0, device=prior.device))     # ValueError, if not
+    nerf = NeRF(blob=settings.blob, blob_radius=settings.blob_radius, kernels=settings.kernels,
+                seed=settings.seed, levels=settings.levels, size=2 ** settings.table,
+                finest=settings.finest)
+    scene = Scene(prior, nerf, settings.prompt, rng, method.steps,
+                  **{name: getattr(settings, name) for name in SCENE})
+    cond = prior.encode_text([settings.prompt])
+    prompts, options = [settings.prompt], phi_options(settings, method.phi)
     if method.phi is LoRAPhi:
         options |= {"cond": cond, "camera": 16}
     else:                                        # every prompt that a view may ask
-        prompts = [f"{settings['prompt']}, {word} view" for word in scene.prompts]
+        prompts = [f"{settings.prompt}, {word} view" for word in scene.prompts]
     return asd.State(scene, method.phi(prior, prompts, **options), method, rng), cond
 
 
+def prompts(settings):
+    """The prompt, in a list."""
+    return [settings.prompt or ""]
+
+
 def measure(settings, prior, state, images):
-    return view_scores(state.generator.nerf, settings["prompt"])
+    return view_scores(state.generator.nerf, settings.prompt)
+
+
+def preview(folder, state):
+    """Write views.png of the scene as it is, small."""
+    write_around(folder / "views.png", state.generator.nerf, size=32, views=4)
 
 
 def finish(folder, settings, prior, state):
-    """All that write_all writes, and the numbers."""
+    """Write all that write_all writes, and print the numbers."""
+    run.say("text_to_3d.py", "makes the views, the turntable and the mesh")
     values = measure(settings, prior, state, None)
     names = {"clip": "tiny-clip {:.3f}", "iou": "silhouette IoU {:.3f}", "psnr": "PSNR {:.2f} dB"}
     if values:
         print(", ".join(names[key].format(values[key]) for key in values), "over 8 views")
-    return write_all(folder, state.generator.nerf, settings["threshold"])
+    return write_all(folder, state.generator.nerf, settings.threshold)
 
 
 def main(argv=None):
     """`python text_to_3d.py --prompt …`. -> exit status."""
-    return runs.main(runs.Command(
+    return run.main(run.Command(
         "text_to_3d.py", "Make a 3D object that looks, to a frozen text-to-image diffusion model, "
-        "like the prompt (Adversarial Score Distillation).", methods(), variants.ALL_PHIS,
-        asd.CHOICES, build, asd.distill, add_flags=add_flags, defaults=DEFAULTS,
-        options=variants.OPTIONS, prompts=lambda settings: [settings["prompt"] or ""], check=check,
-        finish=finish, measure=measure, paper=PAPER), argv)
+        "like the prompt (Adversarial Score Distillation).", SceneSettings, methods(),
+        variants.ALL_PHIS, asd.CHOICES, build, asd.distill, defaults=SCENE,
+        paper_source=PAPER[0], paper=PAPER[1], prompts=prompts, check=check, measure=measure,
+        preview=preview, finish=finish), argv)
 
 
 if __name__ == "__main__":

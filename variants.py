@@ -18,8 +18,9 @@
 | Exact      | (E[ε | x_t] + γ ε_y) / (1 + γ) over the particles  | 2                | ours       |
 
 Evaluations are per particle and step. None of these φ is trained in the loop. Notation and shapes:
-asd.py. A φ with `asks` says what the prior is asked at x_t, in the loop's one call. The rows of
-asd.py are offered, too: for --phi exact and --generator network.
+asd.py. A φ with a method `prompts` names what else the prior is asked at x_t, in the loop's one
+call, and finds the answers under the same names. The rows of asd.py are offered, too: for --phi
+exact and --generator network.
 """
 import sys
 from pathlib import Path
@@ -28,11 +29,17 @@ import torch
 from torch import nn
 
 import asd
-import files
-import runs
 from asd import Method, NoisePhi, cfg_noise, optimal_eps_phi
+from cli import files, run
+from cli.settings import (
+    CorrectiveSettings,
+    VariantSettings,
+    parse_flags,
+    phi_options,
+    validated,
+)
 from phi import as_list, untrained
-from prior import Prior, UserError, ddim_samples, ode_end, one_step_x0
+from prior import Prior, UserError, ddim_samples, ode_end, one_step_x0, usable
 
 # the published prompts: NFSD's as in SDS-Bridge's repository, SDS-Bridge's own
 NFSD_NEGATIVE = ("unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
@@ -116,19 +123,18 @@ class CSD(NoisePhi):
         self.texts = [negative] if negative else []
         self.negative = prior.encode_text([negative or ""])
 
-    def asks(self, step, x_t, t, y, null, lam):
+    def prompts(self, step, y, null):
         self.step = step
-        negative = (x_t, t, self.negative.expand_as(y)) if self.row()[1] else None
-        return [*asd.guidance(step, x_t, t, y, null, lam), negative]
+        return {"negative": self.negative.expand_as(y)} if self.row()[1] else {}
 
     def row(self):
         """(cond, neg, null, noise) at this step, linear between the schedule's two."""
         k = min(1.0, self.step / self.span)
         return [(1 - k) * a + k * b for a, b in zip(self.first, self.last)]
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, eps_neg=None):
-        eps_neg = 0.0 if eps_neg is None else eps_neg
-        return row_eps_phi(self.row(), eps_y, eps_neg, eps_uncond, eps, self.lam)
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
+        eps_neg = answers.get("negative", 0.0)
+        return row_eps_phi(self.row(), answers["y"], eps_neg, answers["uncond"], eps, self.lam)
 
 
 class NFSD(NoisePhi):
@@ -142,13 +148,13 @@ class NFSD(NoisePhi):
         self.prior, self.texts = prior, [negative]
         self.negative = prior.encode_text([negative])
 
-    def asks(self, step, x_t, t, y, null, lam):
-        return [*asd.guidance(step, x_t, t, y, null, lam), (x_t, t, self.negative.expand_as(y))]
+    def prompts(self, step, y, null):
+        return {"negative": self.negative.expand_as(y)}
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None, eps_neg=None):
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
         # ε_φ = 0 for t < 200, ε_neg above
-        noisy = (5 * t >= self.prior.steps).view(-1, *[1] * (eps.dim() - 1))
-        return torch.where(noisy, eps_neg, 0.0)
+        noisy = (5 * t >= self.prior.steps)[:, None, None, None]
+        return torch.where(noisy, answers["negative"], 0.0)
 
 
 class Bridge(NoisePhi):
@@ -180,23 +186,30 @@ class Bridge(NoisePhi):
             prior.encode_text([with_words(prompt, extra) for prompt in as_list(prompts)])
             for extra in words)
 
-    def asks(self, step, x_t, t, y, null, lam):
+    def prompts(self, step, y, null):
+        """In the second stage the source stands in for ∅, and the target's words follow y."""
         self.bridging = step >= self.first
         if not self.bridging:
-            return asd.guidance(step, x_t, t, y, null, lam)
+            return {}
         rows = rows_of(y, self.plain)
-        return [(x_t, t, words[rows]) for words in (self.source, self.target)]
+        return {"uncond": self.source[rows], "y": self.target[rows]}
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
         if not self.bridging:
             return eps
+        eps_source, eps_target = answers["uncond"], answers["y"]
         if self.ode_steps == 1:
-            return eps_uncond
+            return eps_source
         source = self.source[rows_of(cond, self.target)]
-        ends = [ode_end(lambda x, t, told=told: self.prior.eps(x, t, told), x_t, t,
-                        self.ode_steps, self.prior.alpha_sigma, at_x_t)
-                for told, at_x_t in ((source, eps_uncond), (cond, eps_y))]
-        return bridge_eps_phi(eps_uncond, eps_y, *ends, *self.prior.alpha_sigma(t), self.lam)
+        x0_source = self.end(x_t, t, source, eps_source)
+        x0_target = self.end(x_t, t, cond, eps_target)
+        return bridge_eps_phi(eps_source, eps_target, x0_source, x0_target,
+                              *self.prior.alpha_sigma(t), self.lam)
+
+    def end(self, x_t, t, cond, eps):
+        """Where the ODE under a prompt arrives. -> x0"""
+        return ode_end(lambda x, t: self.prior.eps(x, t, cond), x_t, t, self.ode_steps,
+                       self.prior.alpha_sigma, eps)
 
 
 def with_words(prompt, words):
@@ -232,7 +245,7 @@ class Corrective(NoisePhi):
         self.prior = prior
         self.b_k = load_bias(prior, corrective).to(prior.device).requires_grad_(False).eval()
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
         levels = self.prior.alpha_sigma(t)
         x0 = one_step_x0(x_t, eps, *levels)
         return corrective_eps_phi(x0, self.b_k(x0, t), eps, *levels)
@@ -255,12 +268,12 @@ class Exact(NoisePhi):
                              f"{gamma:g}: give one above -1, such as --gamma -0.5")
         self.prior, self.gamma, self.bandwidth = prior, gamma, bandwidth
 
-    def forward(self, x_t, t, cond, eps, camera=None, eps_uncond=None, eps_y=None):
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
         levels = self.prior.alpha_sigma(t)
         x0 = one_step_x0(x_t, eps, *levels)
         prompt = torch.unique(cond.flatten(1).float(), dim=0, return_inverse=True)[1]
         eps_g = mean_noise(x_t, x0, *levels, prompt[:, None] == prompt, self.bandwidth)
-        return optimal_eps_phi(eps_g, eps_y, self.gamma)
+        return optimal_eps_phi(eps_g, answers["y"], self.gamma)
 
 
 PHIS = {"csd": CSD, "nfsd": NFSD, "bridge": Bridge, "lmc": Corrective, "exact": Exact}
@@ -301,7 +314,7 @@ class Network(nn.Module):
         return [{"params": list(self.parameters()), "lr": lr / 30}]
 
     def forward(self):
-        return self.unet(self.noise(), 0, self.cond).sample, self.cond, None
+        return asd.Samples(self.unet(self.noise(), 0, self.cond).sample, self.cond)
 
     @torch.no_grad()
     def images(self):
@@ -316,95 +329,105 @@ def all_methods():
 
 
 ALL_PHIS = asd.PHIS | PHIS
-OPTIONS = ("negative", "source_words", "target_words", "bridge_steps", "bridge_start", "bandwidth",
-           "corrective")                       # what only some φ are told
-
-
-def add_options(add):
-    add("--negative", metavar="TEXT", help="csd, nfsd: the negative prompt")
-    add("--source-words", metavar="TEXT", help="bridge: what the pictures are; {} is the prompt")
-    add("--target-words", metavar="TEXT", help="bridge: what is wanted of them; {} is the prompt")
-    add("--bridge-steps", type=runs.number(int, 1, 1000),
-        help="bridge: steps of its ODEs (default 1)")
-    add("--bridge-start", type=runs.number(float, 0, 1), help="bridge: where it begins, a fraction "
-        "of the steps (default 0.5; with --source-words 0)")
-    add("--bandwidth", type=runs.number(float, 0), help="--phi exact: each particle's blur h")
-    add("--corrective", type=runs.place, metavar="FILE",
-        help="lmc: its network (default: the embedded model's)")
-
-
-def add_flags(add):
-    runs.picture_flags(add)
-    add_options(add)
-    add("--generator", choices=["latents", "network"], help="network: learn to make all at once")
 
 
 def check(settings):
-    """What can be said before anything is loaded."""
-    if settings["generator"] == "network" and any(map(settings.get, ("init", "pixels", "real"))):
+    """UserError for what does not fit together, before anything is loaded."""
+    pictures = settings.init or settings.pixels or settings.real
+    if settings.generator == "network" and pictures:
         raise UserError("--generator network makes latents of noise: drop --init, --pixels, --real")
 
 
-def build(settings, prior, method, rng, folder, anew):
+def build(settings, prior, method, rng, folder, new):
     """As asd.py does, or the network that makes all pictures. -> (State, y)"""
-    if settings["generator"] == "latents":
-        return asd.build(settings, prior, method, rng, folder, anew)
-    y = prior.encode_text(settings["prompt"]).repeat_interleave(settings["particles"], 0)
-    phi = method.phi(prior, settings["prompt"], **runs.told(settings, method.phi))
+    if settings.generator == "latents":
+        return asd.build(settings, prior, method, rng, folder, new)
+    y = prior.encode_text(settings.prompt).repeat_interleave(settings.particles, 0)
+    phi = method.phi(prior, settings.prompt, **phi_options(settings, method.phi))
     return asd.State(Network(prior, y, rng), phi, method, rng), y
 
 
-def train_corrective(args):
+def train_corrective(settings):
     """Sample (or read) pictures, train b_k on them, write it. Resumes; see tiny/training.py."""
     from tiny import corrective
-    from tiny.data import DATA
-    torch.manual_seed(args.seed)
-    name = Path(args.model).name
-    if not args.out and name != "tiny-sd":
-        raise UserError(f"--model {args.model} needs an --out FILE of its own: "
+    name = Path(settings.model).name
+    if not settings.out and name != "tiny-sd":
+        raise UserError(f"--model {settings.model} needs an --out FILE of its own: "
                         f"{corrective.OWN.name} is tiny-sd's")
-    out = Path(args.out or corrective.OWN)
-    if args.out and out.exists() and not (out.is_file() and corrective.is_bias(out)):
+    out = Path(settings.out or corrective.OWN)
+    if settings.out and out.exists() and not (out.is_file() and corrective.is_bias(out)):
         raise UserError(f"--out {out} is there already and no corrective: name another file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    prior = Prior.from_pretrained(args.model, runs.usable(args.device))
-    # what was made with other weights, words or settings is never taken for this
-    unet = corrective.fingerprint(*prior.network.parameters())
-    prompts = files.read_lines(args.prompts) if args.prompts else []
-    DATA.mkdir(exist_ok=True)
+    with files.locked(out.parent):
+        torch.manual_seed(settings.seed)
+        prior = Prior.from_pretrained(settings.model, usable(settings.device))
+        unet = corrective.fingerprint(*prior.network.parameters())
+        pictures = corrective_pictures(settings, prior, unet)
+        network = corrective.train(
+            corrective_checkpoint(settings, prior, unet, pictures), prior.shape[0],
+            corrective_draws(settings, prior, pictures), settings.lr, settings.minutes,
+            str(prior.device))
+        corrective.save_bias(network, out, model=name, unet=unet)
+    print(out)
+
+
+def corrective_pictures(settings, prior, unet):
+    """The pictures b_k learns on, x0 [N, C, H, W]: those of --images, or the prior's samples.
+
+    The samples are kept, named by what they are made of: other weights, words or settings have
+    others.
+    """
+    from tiny import corrective
+    from tiny.data import DATA
+    prompts = []
+    if settings.prompts:
+        prompts = files.read_prompts(files.regular(settings.prompts))
+    if settings.images:
+        return files.encode_folder(prior, settings.images).cpu()
 
     def sample(made, n):
-        asked = [prompts[(made + i) % len(prompts)] for i in range(n)] if prompts else [""] * n
-        noise = torch.Generator().manual_seed(args.seed + made)
+        texts = [""] * n
+        if prompts:
+            texts = [prompts[(made + i) % len(prompts)] for i in range(n)]
+        noise = torch.Generator().manual_seed(settings.seed + made)
         x_T = torch.randn(n, *prior.shape, generator=noise)
-        return ddim_samples(prior, asked, x_T, args.ddim, 3.0 if prompts else 1.0)
-    if args.images:
-        pictures = files.encode_folder(prior, args.images).cpu()
-    else:
-        made_by = corrective.fingerprint(unet, prompts, args.ddim, args.seed, args.batch)
-        kept = DATA / f"corrective-{name}-{made_by}.samples.safetensors"
-        pictures = corrective.kept_samples(still_ours(kept, {"x0": prior.shape}), args.samples,
-                                           args.batch, sample, torch.empty(0, *prior.shape))
-    null = prior.encode_text([""]).expand(args.batch, -1, -1)
+        return ddim_samples(prior, texts, x_T, settings.ddim, 3.0 if prompts else 1.0)
+
+    DATA.mkdir(exist_ok=True)
+    made_of = corrective.fingerprint(unet, prompts, settings.ddim, settings.seed, settings.batch)
+    kept = DATA / f"corrective-{Path(settings.model).name}-{made_of}.samples.safetensors"
+    return corrective.kept_samples(still_ours(kept, {"x0": prior.shape}), settings.samples,
+                                   settings.batch, sample, torch.empty(0, *prior.shape))
+
+
+def corrective_checkpoint(settings, prior, unet, pictures):
+    """The path of the checkpoint of a training of these settings, weights and pictures."""
+    from tiny import corrective
+    from tiny.data import DATA
+    DATA.mkdir(exist_ok=True)
+    made_of = corrective.fingerprint(unet, pictures, settings.lr, settings.seed, settings.batch)
+    shapes = {}
+    for i, weight in enumerate(corrective.Bias(prior.shape[0]).parameters()):
+        shapes |= {f"parameter.{i}": weight.shape, f"ema.{i}": weight.shape}
+    name = Path(settings.model).name
+    return still_ours(DATA / f"corrective-{name}-{made_of}.checkpoint.safetensors", shapes)
+
+
+def corrective_draws(settings, prior, pictures):
+    """The function that tiny/corrective.py's train() calls with the step it begins at."""
+    null = prior.encode_text([""]).expand(settings.batch, -1, -1)
 
     def draws(step):
         """b_k's lessons from this step on: (x0, t, x̂0, α_t, σ_t), x̂0 the prior's without prompt."""
-        rng = torch.Generator().manual_seed(args.seed + step)
+        rng = torch.Generator().manual_seed(settings.seed + step)
 
         def draw():
-            x0 = pictures[torch.randint(len(pictures), (args.batch,), generator=rng)]
+            x0 = pictures[torch.randint(len(pictures), (settings.batch,), generator=rng)]
             x0 = x0.to(prior.device)
-            t, eps = asd.draw(rng, x0, 0, prior.steps - 1)
+            t, eps = asd.draw_noise(rng, x0, 0, prior.steps - 1)
             return x0, t, *estimate(prior, x0, t, eps, null)
         return draw
-    run = corrective.fingerprint(unet, pictures, args.lr, args.seed, args.batch)
-    weights = enumerate(corrective.Bias(prior.shape[0]).parameters())
-    kept = still_ours(DATA / f"corrective-{name}-{run}.checkpoint.safetensors", {
-        f"{of}.{i}": weight.shape for i, weight in weights for of in ("parameter", "ema")})
-    network = corrective.train(kept, prior.shape[0], draws, args.lr, args.minutes,
-                               str(prior.device))
-    corrective.save_bias(network, out, model=name, unet=unet)
-    print(out)
+    return draws
 
 
 @torch.no_grad()
@@ -431,36 +454,27 @@ def still_ours(path, shapes):
 
 def corrective_main(argv):
     """`python variants.py train-corrective …`. -> exit status."""
-    parser = runs.Parser(prog="variants.py", description="Train LMC-SDS's corrective b_k(x0, t).")
-    parser.add_argument("task", choices=["train-corrective"])
-    add, number = parser.add_argument, runs.number
-    add("--model", default="tiny-sd", help='"tiny-sd", a diffusers folder or a hub name')
-    add("--minutes", type=number(float, 1e-3), default=20.0, help="of training (default 20)")
-    add("--images", metavar="DIR", help="pictures to learn from (default: the prior's samples)")
-    add("--prompts", metavar="FILE", help="a prompt per line for the samples (default: none)")
-    add("--samples", type=number(int, 1), default=512, help="how many to make (default 512)")
-    add("--ddim", type=number(int, 1), default=25, help="steps to a sample (default 25)")
-    add("--batch", type=number(int, 1), default=16, help="pictures per step (default 16)")
-    add("--lr", type=number(float, 0, 1), default=2e-3, help="AdamW's (default 2e-3)")
-    add("--seed", type=number(int, 0, 2 ** 62), default=0, help="of all randomness (default 0)")
-    add("--device", default="auto", help="default auto: cuda where there is one")
-    add("--out", metavar="FILE", help="where to (default, of tiny-sd: in tiny/)")
-    return runs.guarded("variants.py", lambda: train_corrective(parser.parse_args(argv)),
-                        "a smaller --batch", lambda: "; the same command goes on")
+    def work():
+        given = parse_flags("variants.py", "variants.py train-corrective: train LMC-SDS's "
+                            "corrective b_k(x0, t). The same command goes on where it was stopped.",
+                            CorrectiveSettings, argv)
+        try:
+            train_corrective(validated(CorrectiveSettings, given))
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt("; the same command goes on") from stop
+    return run.guarded("variants.py", work, "a smaller --batch")
 
 
 def main(argv=None):
     """`python variants.py --method …`, and train-corrective. -> exit status."""
-    given = sys.argv[1:] if argv is None else argv
-    if given[:1] == ["train-corrective"]:
-        return corrective_main(given)
-    return runs.main(runs.Command(
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["train-corrective"]:
+        return corrective_main(words[1:])
+    return run.main(run.Command(
         "variants.py", "Make pictures of prompts by the neighbours of Adversarial Score "
         "Distillation. To train what LMC-SDS needs: train-corrective --help.",
-        METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill, default=None,
-        add_flags=add_flags, options=OPTIONS, check=check, defaults={
-            "prompt": None, "particles": 1, "init": None, "pixels": False, "real": None,
-            "generator": "latents"}, paper=asd.PAPER), given)
+        VariantSettings, METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill,
+        default_method=None, check=check, paper_source=asd.PAPER[0], paper=asd.PAPER[1]), words)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def sdxl():
         transformer_layers_per_block=[1, 2, 10],
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
-    told = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+    extra = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
     return net, (torch.zeros(1, 4, 128, 128), torch.zeros(1), torch.zeros(1, 77, 2048)), {
-        "added_cond_kwargs": told}
+        "added_cond_kwargs": extra}
 
 
 def sd3():

@@ -37,24 +37,29 @@ class Shape:
 
     def __init__(self, name, device, dtype):
         with torch.device("meta"):
-            network, args, self.told = getattr(memory, name)()
+            network, args, self.inputs = getattr(memory, name)()
         self.network = network.to(dtype).to_empty(device=device).requires_grad_(False)
         with torch.no_grad():
             for p in self.network.parameters():
                 nn.init.normal_(p, std=0.02)
+            for buffer in self.network.buffers():
+                buffer.zero_()
         self.name, self.device, self.dtype, self.steps = name, torch.device(device), dtype, 1000
         self.unet = hasattr(network, "down_blocks")
         self.family = SimpleNamespace(network="unet" if self.unet else "transformer")
-        example = args[0] if args else self.told["hidden_states"]
-        self.shape = example.shape[1:]
-        cond = args[2] if args else self.told["encoder_hidden_states"]
+        if self.unet:
+            example, _, cond = args
+        else:
+            example, cond = self.inputs["hidden_states"], self.inputs["encoder_hidden_states"]
+        self.example = example.shape[1:]
+        self.shape = (1,) * (3 - len(self.example)) + tuple(self.example)        # [C, H, W]
         self.cond = torch.zeros(cond.shape, device=device)
 
     def encode_text(self, prompts):
         return self.cond.repeat(len(prompts), 1, 1)
 
     def alpha_sigma(self, t):
-        sigma = ((t + 1) / (self.steps + 1)).view(-1, *[1] * len(self.shape))
+        sigma = ((t + 1) / (self.steps + 1)).view(-1, 1, 1, 1)
         return 1 - sigma, sigma
 
     def eps(self, x_t, t, cond):
@@ -62,14 +67,17 @@ class Shape:
 
     def eps_of(self, network, x_t, t, cond):
         cast = lambda x: x.to(self.device, self.dtype)
-        of = lambda x: torch.zeros(len(x_t), *x.shape[1:], device=self.device, dtype=self.dtype)
+        zeros = lambda x: torch.zeros(len(x_t), *x.shape[1:], device=self.device, dtype=self.dtype)
         if self.unet:
-            told = {key: {k: of(v) for k, v in value.items()} for key, value in self.told.items()}
-            return network(cast(x_t), t, cast(cond), **told).sample.float()
-        told = {key: of(value) for key, value in self.told.items()}
-        told |= {"hidden_states": cast(x_t), "encoder_hidden_states": cast(cond),
-                 "timestep": cast(t) / (1 if self.name == "sd3" else 1000)}
-        return network(**told).sample.float()
+            extra = {}
+            for name, inputs in self.inputs.items():
+                extra[name] = {key: zeros(x) for key, x in inputs.items()}
+            return network(cast(x_t), t, cast(cond), **extra).sample.float()
+        inputs = {name: zeros(x) for name, x in self.inputs.items()}
+        inputs |= {"hidden_states": cast(x_t).view(-1, *self.example),
+                   "encoder_hidden_states": cast(cond),
+                   "timestep": cast(t) / (1 if self.name == "sd3" else 1000)}
+        return network(**inputs).sample.float().view(x_t.shape)
 
 
 # ----------------------------------------------------------------------------------- the schedules
@@ -104,10 +112,10 @@ def published(prior, phi, row, batch, calls_of_phi, penalty):
             uncond, cond = prior.eps(torch.cat([x_t] * 2), torch.cat([t] * 2),
                                      torch.cat([null, y])).chunk(2)
             for rows in calls_of_phi:
-                said = phi(torch.cat([x_t] * rows), torch.cat([t] * rows),
-                           torch.cat([y, null][:rows]), eps).chunk(rows)
+                answers = phi(torch.cat([x_t] * rows), torch.cat([t] * rows),
+                              torch.cat([y, null][:rows]), eps).chunk(rows)
         opt_theta.zero_grad()
-        theta.grad = asd.generator_grad(uncond, cond, said[0], row.lam)
+        theta.grad = asd.generator_grad(uncond, cond, answers[0], row.lam)
         opt_theta.step()
         t, eps = asd.draw(rng, x0, 0, 999)
         x_t = asd.add_noise(x0, eps, *prior.alpha_sigma(t))
@@ -138,9 +146,10 @@ def steps_of(prior, batch, names):
         if phi is EmbeddingPhi and isinstance(prior, Shape):
             continue                                          # it needs text encoders
         row = replace(asd.METHODS[method], steps=10 ** 6, **changes)
-        one = phi(prior, "a fox")
-        made[name] = ours(prior, one, row, batch) if schedule is ours else published(
-            prior, one, row, batch, schedule, row.gamma != 0)
+        if schedule is ours:
+            made[name] = ours(prior, phi(prior, "a fox"), row, batch)
+        else:
+            made[name] = published(prior, phi(prior, "a fox"), row, batch, schedule, row.gamma != 0)
     return made
 
 
@@ -163,24 +172,38 @@ def peak(device, dtype, size):
 def measure(prior, batch, names, rounds, steps):
     """-> {row: {"ms", "tflop", "gib"}}: medians over rounds, in turns."""
     made = steps_of(prior, batch, names)
-    times, found = {name: [] for name in made}, {}
+    cuda = prior.device.type == "cuda"
+    times, rows = {name: [] for name in made}, {}
     for name, step in made.items():
         step()                                                # what is done once
-        if prior.device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats(prior.device)
         with FlopCounterMode(display=False) as counter:
             step()
-        found[name] = {"tflop": counter.get_total_flops() / 1e12}
-        if prior.device.type == "cuda":
-            found[name]["gib"] = torch.cuda.max_memory_allocated(prior.device) / 2 ** 30
+        rows[name] = {"tflop": counter.get_total_flops() / 1e12}
+        if cuda:
+            rows[name]["gib"] = torch.cuda.max_memory_allocated(prior.device) / 2 ** 30
     for _ in range(rounds):
         for name, step in made.items():
             for _ in range(steps):
                 began = synchronised(prior.device)
                 step()
                 times[name].append(1000 * (synchronised(prior.device) - began))
-    return {name: {"ms": sorted(each)[len(each) // 2]} | found[name]
-            for name, each in times.items()}
+    for name, ms in times.items():
+        rows[name] = {"ms": sorted(ms)[len(ms) // 2]} | rows[name]
+    return rows
+
+
+def machine(device):
+    """The name of the processor, or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        for line in cpu.read_text().split("\n"):
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
 
 
 def main():
@@ -193,33 +216,33 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="of a row, in a round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    given = parser.parse_args()
-    device, dtype = torch.device(given.device), getattr(torch, given.dtype)
+    parser.add_argument("--out", default=HERE, type=Path, help="the folder (default: benchmarks/)")
+    arguments = parser.parse_args()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     best = peak(device, dtype, 2048 if device.type == "cpu" else 8192)
-    shapes = [device.type, *(shape for shape in given.shapes if shape != "tiny-sd")]
-    file, rows = HERE / f"steps-{'-'.join(shapes)}.json", []
-    for shape in given.shapes:
-        prior = asd.Prior.from_pretrained(shape, device, dtype) if shape == "tiny-sd" \
-            else Shape(shape, device, dtype)
-        for batch in given.batches:
-            for name, found in measure(prior, batch, given.rows, given.rounds,
-                                       given.steps).items():
-                found["share"] = found["tflop"] * 1e12 / (found["ms"] / 1000) / best
+    rows = []
+    for shape in arguments.shapes:
+        if shape == "tiny-sd":
+            prior = asd.Prior.from_pretrained(shape, device, dtype)
+        else:
+            prior = Shape(shape, device, dtype)
+        for batch in arguments.batches:
+            measured = measure(prior, batch, arguments.rows, arguments.rounds, arguments.steps)
+            for name, numbers in measured.items():
+                numbers["share"] = numbers["tflop"] * 1e12 / (numbers["ms"] / 1000) / best
+                evaluations = ROWS[name][-1]
                 rows.append({"shape": shape, "batch": batch, "row": name,
-                             "evaluations": ROWS[name][-1]} | found)
-                print(f"{shape:8} batch {batch}  {name:26} {ROWS[name][-1]:6} {found['ms']:9.1f} ms"
-                      f"  {found['share']:5.1%} of the peak", flush=True)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    cpu = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpu.exists():
-        machine = next((line.split(":")[1].strip() for line in cpu.read_text().split("\n")
-                        if line.startswith("model name")), machine)
+                             "evaluations": evaluations} | numbers)
+                print(f"{shape:8} batch {batch}  {name:26} {evaluations:6} {numbers['ms']:9.1f} ms"
+                      f"  {numbers['share']:5.1%} of the peak", flush=True)
+    others = [shape for shape in arguments.shapes if shape != "tiny-sd"]
+    file = arguments.out / f"steps-{'-'.join([device.type, *others])}.json"
     file.write_text(json.dumps({
-        "machine": machine, "threads": torch.get_num_threads(), "dtype": given.dtype,
+        "machine": machine(device), "threads": torch.get_num_threads(), "dtype": arguments.dtype,
         "torch": torch.__version__, "date": str(date.today()), "peak TFLOP/s": best / 1e12,
         "command": "python benchmarks/steps.py " + " ".join(sys.argv[1:]), "rows": rows},
         indent=1) + "\n")
-    print(file.name)
+    print(file)
 
 
 if __name__ == "__main__":

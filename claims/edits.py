@@ -5,9 +5,9 @@ import torch
 
 import asd
 import editing
-from claims.pictures import LATE, SIDE, SMALL, OwnLoRA, features, keep_late, minus, to_bytes
-from claims.work import Claim, Job, mean_and_error
-from export import picture_measures, sheet
+from claims.pictures import LATE, SIDE, SMALL, OwnLoRA, features, keep_late, minus
+from claims.work import Claim, Job, numbers_of
+from cli.pictures import picture_measures, sheet, to_bytes
 from prior import ddim_samples
 from tiny.data import articled
 from tiny.judge import clip_features, distances
@@ -57,72 +57,83 @@ def edited(kind, row):
             "late": torch.stack(late)}
 
 
-JOBS = {(kind, row): Job(f"edit-{kind}-{row}", edited, {"kind": kind, "row": row}, 2.0)
-        for kind in KINDS for row in ROWS}
+JOBS = {}
+for kind in KINDS:
+    for row in ROWS:
+        JOBS[kind, row] = Job(f"edit-{kind}-{row}", edited, {"kind": kind, "row": row}, 2.0)
 
 
 # -------------------------------------------------------------------------- measures, tests, figure
+def pairs(results, kind, row):
+    """(before, after): uint8 [20, 3, H, W] each; row: of ROWS, or "before" or "unrelated"."""
+    if row in ROWS:
+        result = results[kind, row]
+        return result["before"], result["late"][-1]
+    result = results[kind, "dds"]
+    return result["before"], result[row]
+
+
 def measured(results, row):
     """{measure: [60]} of the edits by a row, or of "before" or "unrelated"; kind after kind.
 
-    tiny.judge.distances', export.picture_measures', and background: 1 − the root mean square change
-    of the pixels that are white in the source.
+    tiny.judge.distances', cli.pictures.picture_measures', and background: 1 − the root mean square
+    change of the pixels that are white in the source.
     """
-    found = []
+    found = {}
     for kind in KINDS:
-        r = results[kind, row if (kind, row) in results else "dds"]
-        after = r[row] if row in r else r["late"][-1]
-        for x, y, z, t in zip(r["before"] / 255, after / 255, *edit_prompts(kind)):
+        before, after = pairs(results, kind, row)
+        for x, y, source, target in zip(before / 255, after / 255, *edit_prompts(kind)):
             white = (x > 0.97).all(0)
             change = (x - y)[:, white].square().mean().sqrt().item() if white.any() else 0.0
-            found.append(distances(x[None], y[None], z, t) | picture_measures(y[None])
-                         | {"background": 1 - change})
-    return {key: [one[key] for one in found] for key in found[0]}
+            numbers = distances(x[None], y[None], source, target) | picture_measures(y[None])
+            for measure, number in (numbers | {"background": 1 - change}).items():
+                found.setdefault(measure, []).append(number)
+    return found
 
 
 def of_kind(values, kind):
-    i = list(KINDS).index(kind) * len(CONCEPTS)
-    return values[i:i + len(CONCEPTS)]
+    first = list(KINDS).index(kind) * len(CONCEPTS)
+    return values[first:first + len(CONCEPTS)]
 
 
-def tests_9(r):
-    ours, dds, before, unrelated = (measured(r, row) for row in (
-        "asd", "dds", "before", "unrelated"))
-    tests = {f"{kind}: score with the target, ASD − DDS": of_kind(
-        minus(ours["clip_target"], dds["clip_target"]), kind) for kind in KINDS}
+def tests_9(results):
+    ours, dds = measured(results, "asd"), measured(results, "dds")
+    before, unrelated = measured(results, "before"), measured(results, "unrelated")
+    scores = minus(ours["clip_target"], dds["clip_target"])
+    sharper = minus(before["sharpness"], ours["sharpness"])
+    tests = {f"{kind}: score with the target, ASD − DDS": of_kind(scores, kind) for kind in KINDS}
     return tests | {
-        "simplification: sharpness, source − ASD": of_kind(
-            minus(before["sharpness"], ours["sharpness"]), "simplification"),
+        "simplification: sharpness, source − ASD": of_kind(sharper, "simplification"),
         "the source is kept: distance, unrelated picture − ASD": minus(
             unrelated["clip_distance"], ours["clip_distance"]),
         "its background is kept: unrelated picture's change − ASD's": minus(
             ours["background"], unrelated["background"])}
 
 
-def tests_lmc(r):
-    ours, dds = measured(r, "lmc"), measured(r, "dds")
-    return {"score with the target, LMC − DDS": minus(ours["clip_target"], dds["clip_target"]),
-            "PSNR to the source, LMC − DDS": minus(ours["psnr"], dds["psnr"])}
+def tests_lmc(results):
+    lmc, dds = measured(results, "lmc"), measured(results, "dds")
+    return {"score with the target, LMC − DDS": minus(lmc["clip_target"], dds["clip_target"]),
+            "PSNR to the source, LMC − DDS": minus(lmc["psnr"], dds["psnr"])}
 
 
 def numbers(*rows):
-    def table(r):
-        return {row: {key: mean_and_error(each) for key, each in measured(r, row).items()}
-                for row in ("before", "unrelated", *rows)}
+    """A function that makes the table of some rows, of the sources and of unrelated pictures."""
+    def table(results):
+        return numbers_of({row: measured(results, row) for row in ("before", "unrelated", *rows)})
     return table
 
 
-def drawn(*names, example=(0, 2, 6)):
+def drawn(*rows, example=(0, 2, 6)):
     """Fig. 9: of each kind the source, then for each row its progress; the target's score."""
-    def figure(path, r):
+    def figure(path, results):
         lines = []
         for kind, i in zip(KINDS, example):
             target = edit_prompts(kind)[1][i]
-            for row in names:
-                late = r[kind, row]["late"]
-                shown = torch.stack([r[kind, row]["before"][i], *late[[0, 2, 4], i]])
-                (text,), = clip_features([], [target])
-                notes = [f"{x:.2f}" for x in features(shown)[0] @ text]
+            (text,), = clip_features([], [target])
+            for row in rows:
+                before, late = results[kind, row]["before"], results[kind, row]["late"]
+                shown = torch.stack([before[i], *late[[0, 2, 4], i]])
+                notes = [f"{score:.2f}" for score in features(shown)[0] @ text]
                 lines.append((f"{kind}, {row.upper()}\n-> {target}", shown / 255, notes))
         sheet(path, ["source", *(f"{LATE[i]:.0%} of the steps" for i in (0, 2, 4))], lines, SIDE,
               left=240, corner="tiny-clip's score of the target", colors=256)
@@ -130,7 +141,7 @@ def drawn(*names, example=(0, 2, 6)):
 
 
 def claim(title, says, tests, rows, shown, seen=""):
-    jobs = {key: one for key, one in JOBS.items() if key[1] in rows}
+    jobs = {key: job for key, job in JOBS.items() if key[1] in rows}
     return Claim(title, says, jobs, tests, drawn(*shown), numbers(*rows), SMALL + seen)
 
 

@@ -3,9 +3,10 @@ import torch
 
 import asd
 import text_to_3d
-from claims.pictures import LABELS, LATE, SIDE, SMALL, drift, keep_late, minus, to_bytes
-from claims.work import Claim, Job, mean_and_error
-from export import picture_measures, sheet
+from claims.pictures import LABELS, LATE, SIDE, SMALL, drift, keep_late, minus
+from claims.work import Claim, Job, numbers_of
+from cli.pictures import picture_measures, sheet, to_bytes
+from cli.settings import SceneSettings
 from nerf import orbit, rays, render, solid_pictures
 from text_to_3d import view_scores
 from tiny.judge import clip_features, clip_score
@@ -22,8 +23,11 @@ def solid(method, prompt, seed):
     """
     prior, row = asd.Prior.from_pretrained("tiny-sd"), text_to_3d.methods()[method]
     rng, snapshots = torch.Generator().manual_seed(seed), []
-    settings = text_to_3d.DEFAULTS | vars(row) | {"prompt": prompt, "seed": seed,
-                                                  "kernels": "torch"}
+    values = text_to_3d.SCENE | vars(row) | {
+        "method": method, "phi": row.phi.__name__, "settings": "tiny", "kernels": "torch",
+        "prompt": prompt, "seed": seed}
+    fields = values.keys() & SceneSettings.model_fields.keys()          # a row may have others
+    settings = SceneSettings(**{name: values[name] for name in fields})
     state, cond = text_to_3d.build(settings, prior, row, rng, None, True)
     asd.distill(prior, state.generator, cond, row, state=state,
                 callback=keep_late(snapshots, row.steps))
@@ -34,12 +38,16 @@ def solid(method, prompt, seed):
             "scores": torch.tensor([scores["iou"], scores["psnr"]])}
 
 
-def solid_jobs(names, prompts=SOLIDS, minutes=2.5):
+def solid_jobs(methods, minutes=2.5):
     """{(method, prompt, seed): Job}, the seeds outermost."""
-    return {(name, prompt, seed): Job(
-        f"solid-{name}-{prompt.replace(' ', '-')}-{seed}", solid,
-        {"method": name, "prompt": prompt, "seed": seed}, minutes)
-        for seed in SEEDS for prompt in prompts for name in names}
+    jobs = {}
+    for seed in SEEDS:
+        for prompt in SOLIDS:
+            for method in methods:
+                name = f"solid-{method}-{prompt.replace(' ', '-')}-{seed}"
+                arguments = {"method": method, "prompt": prompt, "seed": seed}
+                jobs[method, prompt, seed] = Job(name, solid, arguments, minutes)
+    return jobs
 
 
 # ------------------------------------------------------------------------- measures, tests, claims
@@ -53,10 +61,9 @@ def measured(result, prompt):
     late pictures, in pixels and in tiny-clip's features."""
     views = result["views"]
     seen, text = clip_features([views / 255], [prompt])
-    thing = ~(views > 250).all(1)
-    colours = views.movedim(1, -1)[thing]
-    pixels, turned = (torch.tensor(each).mean().item() for each in zip(*(
-        drift(result["snapshots"][:, [i]]) for i in range(4))))
+    colours = views.movedim(1, -1)[~(views > 250).all(1)]
+    drifts = [drift(result["snapshots"][:, [i]]) for i in range(4)]
+    pixels, turned = torch.tensor(drifts).mean((0, 2)).tolist()
     iou, quality = result["scores"].tolist()
     return {"score": (seen @ text.T).mean().item(), "IoU": iou, "PSNR": quality,
             "saturation": picture_measures(colours.T[None, :, None] / 255)["saturation"],
@@ -65,58 +72,66 @@ def measured(result, prompt):
 
 
 def by_method(results):
-    """{method: {measure: [one for each solid and seed]}}."""
-    found = {}
-    for (name, prompt, _), result in results.items():
-        for key, value in measured(result, prompt).items():
-            found.setdefault(name, {}).setdefault(key, []).append(value)
-    return found
+    """{method: {measure: [a number for each solid and seed]}}."""
+    rows = {}
+    for (method, prompt, _), result in results.items():
+        for measure, number in measured(result, prompt).items():
+            rows.setdefault(method, {}).setdefault(measure, []).append(number)
+    return rows
 
 
 def tests_table1(results):
     """CLIP scores as in Table 1; IoU and PSNR, of which the true shape is the judge."""
     rows = by_method(results)
-    return {f"{key}, ASD − {other.upper()}": minus(rows["asd"][key], rows[other][key])
-            for key in ("score", "IoU", "PSNR") for other in ("sds", "vsd")}
+    return {f"{measure}, ASD − {other.upper()}": minus(rows["asd"][measure], rows[other][measure])
+            for measure in ("score", "IoU", "PSNR") for other in ("sds", "vsd")}
 
 
 def tests_7(results):
-    rows = by_method(results)
-    return {f"{key}, VSD − ASD": minus(rows["vsd"][key], rows["asd"][key])
-            for key in ("drift in pixels", "drift in features")}
+    vsd, ours = (by_method(results)[method] for method in ("vsd", "asd"))
+    return {f"{measure}, VSD − ASD": minus(vsd[measure], ours[measure])
+            for measure in ("drift in pixels", "drift in features")}
 
 
 def tests_5b(results):
     rows = by_method(results)
-    return {f"{key}, classifier term − {other.upper()}": minus(rows["csd"][key], rows[other][key])
-            for key in ("saturation", "clipped") for other in ("sds", "asd")}
+    return {f"{measure}, classifier term − {other.upper()}": minus(rows["csd"][measure],
+                                                                   rows[other][measure])
+            for measure in ("saturation", "clipped") for other in ("sds", "asd")}
+
+
+def prompts_of(results):
+    return list(dict.fromkeys(prompt for _, prompt, _ in results))
 
 
 def numbers(results):
-    rows = {name: {key: mean_and_error(each) for key, each in row.items()}
-            for name, row in by_method(results).items()}
     scores = [clip_score(text_to_3d.eight_views(prompt).over(1.0).movedim(-1, 1), prompt)
-              for prompt in dict.fromkeys(prompt for _, prompt, _ in results)]
-    return rows | {"the true solids": {"score": mean_and_error(scores)}}
+              for prompt in prompts_of(results)]
+    return numbers_of(by_method(results) | {"the true solids": {"score": scores}})
 
 
 def drawn(path, results):
     """Each method's solids of the first seed, and the true ones, half from the side."""
-    names, prompts = (list(dict.fromkeys(key[i] for key in results)) for i in (0, 1))
-    rows = [(LABELS[name], torch.stack([results[name, prompt, 0]["views"][1] for prompt in prompts])
-             / 255, [f"{results[name, prompt, 0]['scores'][0]:.2f}" for prompt in prompts])
-            for name in names]
+    prompts, rows = prompts_of(results), []
+    for method in dict.fromkeys(method for method, _, _ in results):
+        runs = [results[method, prompt, 0] for prompt in prompts]
+        views = torch.stack([run["views"][1] for run in runs])
+        rows.append((LABELS[method], views / 255, [f"{run['scores'][0]:.2f}" for run in runs]))
     truth = torch.cat([solid_pictures(*find_solid(prompt), orbit(8)[1:2]).over(1.0)
                        for prompt in prompts]).movedim(-1, 1).clamp(0, 1)
-    sheet(path, prompts, [*rows, ("the true solids", truth, ["1"] * len(prompts))], SIDE,
-          corner="silhouette IoU", colors=256)
+    rows.append(("the true solids", truth, ["1"] * len(prompts)))
+    sheet(path, prompts, rows, SIDE, corner="silhouette IoU", colors=256)
 
 
 def progress(path, results):
     """Fig. 7 in 3D: late in the run, from the side."""
-    rows = [(f"{name.upper()}, {prompt}", results[name, prompt, 0]["snapshots"][:, 1] / 255)
-            for prompt in SOLIDS[:3] for name in ("vsd", "asd")]
+    rows = [(f"{method.upper()}, {prompt}", results[method, prompt, 0]["snapshots"][:, 1] / 255)
+            for prompt in SOLIDS[:3] for method in ("vsd", "asd")]
     sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, SIDE, colors=256)
+
+
+def without(jobs, method):
+    return {key: job for key, job in jobs.items() if key[0] != method}
 
 
 LIMITS = SMALL + "; tiny-clip may rank a distilled solid above the true one"
@@ -124,9 +139,9 @@ CLAIMS = {
     "T1": Claim("quality in 3D: ASD is better than SDS and VSD", "Table 1, Fig. 6b, §6", THREE,
                 tests_table1, drawn, numbers, LIMITS, len(SOLIDS)),
     "7, 3D": Claim("in 3D, too, VSD's structures change faster than ASD's", "Fig. 7, §6",
-                   {key: job for key, job in THREE.items() if key[0] != "sds"}, tests_7, progress,
+                   without(THREE, "sds"), tests_7, progress,
                    numbers, SMALL, len(SOLIDS)),
     "5b": Claim("the classifier term alone over-saturates in 3D, too", "Fig. 5b, §5",
-                CLASSIFIER | {key: job for key, job in THREE.items() if key[0] != "vsd"}, tests_5b,
+                CLASSIFIER | without(THREE, "vsd"), tests_5b,
                 drawn, numbers, SMALL, len(SOLIDS)),
 }

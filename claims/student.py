@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 import asd
-from claims.pictures import to_bytes
-from claims.work import Claim, Job, mean_and_error
-from export import sheet
+from claims.work import Claim, Job, numbers_of
+from cli.pictures import sheet, to_bytes
 from phi import LoRAPhi
 from prior import ddim_samples, one_step_x0
 from tiny.judge import image_features, load_judge, text_features
@@ -53,9 +52,9 @@ class Student(nn.Module):
     Every step has fresh noise and prompts drawn from a list, from rng, the run's own.
     """
 
-    def __init__(self, prior, prompts, rng, batch=BATCH):
+    def __init__(self, prior, prompts, rng, batch):
         super().__init__()
-        self.prior, self.rng, self.batch = prior, rng, batch
+        self.prior, self.rng, self.n = prior, rng, batch
         self.y = prior.encode_text(prompts)
         self.unet = copy.deepcopy(prior.network).requires_grad_(True)
 
@@ -66,19 +65,20 @@ class Student(nn.Module):
         return one_step_x0(noise, eps, *self.prior.alpha_sigma(t))
 
     def forward(self):
-        rows = torch.randint(len(self.y), (self.batch,), generator=self.rng)
-        noise = torch.randn(self.batch, *self.prior.shape, generator=self.rng)
+        """-> Samples of noise and prompts that are drawn anew."""
+        rows = torch.randint(len(self.y), (self.n,), generator=self.rng)
+        noise = torch.randn(self.n, *self.prior.shape, generator=self.rng)
         cond = self.y[rows]
-        return self.x0(noise.to(cond.device), cond), cond, None
+        return asd.Samples(self.x0(noise.to(cond.device), cond), cond)
 
 
 # -------------------------------------------------------------------------------------- the jobs
-def pictures(prior, sampler, seed, prompts=PROMPTS, each=EACH):
+def pictures(prior, sampler, seed, prompts=PROMPTS, number=EACH):
     """sampler(noise [N, C, H, W], prompt) -> x0, of every prompt. -> uint8 [P · N, 3, H, W]"""
     rng, made = torch.Generator().manual_seed(seed), []
     with torch.no_grad():
         for prompt in prompts:
-            noise = torch.randn(each, *prior.shape, generator=rng).to(prior.device)
+            noise = torch.randn(number, *prior.shape, generator=rng).to(prior.device)
             made.append(to_bytes(prior.decode(sampler(noise, prompt))))
     return torch.cat(made)
 
@@ -86,34 +86,38 @@ def pictures(prior, sampler, seed, prompts=PROMPTS, each=EACH):
 HELD, OTHER = 1000, 2000        # seeds of noise: what all rows are shown, what KID compares with
 
 
-def distilled(method, seed, steps=None, prompts=PROMPTS, each=EACH):
+def distilled(method, seed, steps=None, prompts=PROMPTS, number=EACH):
     """A student of the prior. -> {"pictures": of the held noise}"""
     prior, row = asd.Prior.from_pretrained("tiny-sd"), ROWS[method]
-    row = replace(row, steps=row.steps if steps is None else steps)
+    if steps is not None:
+        row = replace(row, steps=steps)
     rng = torch.Generator().manual_seed(seed)
-    student = Student(prior, prompts, rng)
+    student = Student(prior, prompts, rng, BATCH)
     state = asd.State(student, asd.make_phi(row, prior, seed=seed), row, rng)
     asd.distill(prior, student, student.y, row, state=state)
-    one_step = lambda noise, prompt: student.x0(
-        noise, prior.encode_text([prompt]).expand(len(noise), -1, -1))
-    return {"pictures": pictures(prior, one_step, HELD, prompts, each)}
+
+    def sampler(noise, prompt):
+        return student.x0(noise, prior.encode_text([prompt]).expand(len(noise), -1, -1))
+    return {"pictures": pictures(prior, sampler, HELD, prompts, number)}
 
 
 def sampled():
     """The prior by DDIM. "1 step" has no guidance: it is the student before training."""
     prior = asd.Prior.from_pretrained("tiny-sd")
 
-    def ddim(steps, lam):
-        return lambda noise, prompt: ddim_samples(prior, [prompt] * len(noise), noise, steps, lam)
-    return {"50 steps": pictures(prior, ddim(50, LAM), HELD),
-            "reference": pictures(prior, ddim(50, LAM), OTHER),
-            "4 steps": pictures(prior, ddim(4, LAM), HELD),
-            "1 step": pictures(prior, ddim(1, 1.0), HELD)}
+    def ddim(steps, lam, seed):
+        def sampler(noise, prompt):
+            return ddim_samples(prior, [prompt] * len(noise), noise, steps, lam)
+        return pictures(prior, sampler, seed)
+    return {"50 steps": ddim(50, LAM, HELD), "reference": ddim(50, LAM, OTHER),
+            "4 steps": ddim(4, LAM, HELD), "1 step": ddim(1, 1.0, HELD)}
 
 
-JOBS = {"prior": Job("student-prior", sampled, {}, 7)} | {
-    (method, seed): Job(f"student-{method}-{seed}", distilled, {"method": method, "seed": seed}, 6)
-    for seed in SEEDS for method in ROWS}
+JOBS = {"prior": Job("student-prior", sampled, {}, 7)}
+for seed in SEEDS:
+    for method in ROWS:
+        JOBS[method, seed] = Job(f"student-{method}-{seed}", distilled,
+                                 {"method": method, "seed": seed}, 6)
 
 
 # ---------------------------------------------------------------------------------- the measures
@@ -139,54 +143,60 @@ def kid(real, fake):
     return metric.compute()[0].item()
 
 
+SAMPLERS = ("50 steps", "4 steps", "1 step")
+
+
 def measures(results):
     """What the jobs returned -> {row: (KID to the reference, score)}, each [seeds, prompts]."""
-    prior = results["prior"]
-    rows = {name: [prior[name]] for name in ("50 steps", "4 steps", "1 step")} | {
-        method: [results[method, seed]["pictures"] for seed in SEEDS] for method in ROWS}
+    rows = {name: [results["prior"][name]] for name in SAMPLERS}
+    for method in ROWS:
+        rows[method] = [results[method, seed]["pictures"] for seed in SEEDS]
     clip, tokenizer = load_judge()
     words = text_features(clip, tokenizer, PROMPTS)
-    each = len(prior["reference"]) // len(words)
-    real = prior["reference"].split(each)
+    reference = results["prior"]["reference"].chunk(len(words))
 
-    def of(images):
-        parts = images.split(each)
-        return ([kid(a, b) for a, b in zip(real, parts, strict=True)],
-                [(image_features(clip, part / 255) @ word).mean().item()
-                 for part, word in zip(parts, words, strict=True)])
-    return {name: torch.tensor([of(run) for run in runs]).unbind(1) for name, runs in rows.items()}
+    def of_a_run(images):
+        kids, scores = [], []
+        for real, fake, word in zip(reference, images.chunk(len(words)), words, strict=True):
+            kids.append(kid(real, fake))
+            scores.append((image_features(clip, fake / 255) @ word).mean().item())
+        return kids, scores
+    return {name: torch.tensor([of_a_run(run) for run in runs]).unbind(1)
+            for name, runs in rows.items()}
 
 
 def differences(measured):
     """The claim's tests, run by run and prompt by prompt."""
-    kids, scores = ({name: both[i] for name, both in measured.items()} for i in (0, 1))
+    kids = {name: row[0] for name, row in measured.items()}
+    scores = {name: row[1] for name, row in measured.items()}
     tests = {}
     for method in ROWS:
         tests[f"KID: 1 step − {method}"] = kids["1 step"] - kids[method]
         tests[f"score: {method} − 1 step"] = scores[method] - scores["1 step"]
     for other in ("sds", "vsd"):
         tests[f"ours: KID: {other} − asd"] = kids[other] - kids["asd"]
-    return {name: each.flatten().tolist() for name, each in tests.items()}
+    return {name: values.flatten().tolist() for name, values in tests.items()}
+
+
+LABELS = {"50 steps": "the prior,\n50 steps", "4 steps": "4 steps",
+          "1 step": "1 step:\nthe student's\nstart"}
 
 
 def figure(path, results):
     """A row for each sampler and each student (of the first seed), the first of the held noise."""
-    images = {name: results["prior"][name] for name in ("50 steps", "4 steps", "1 step")} | {
-        method: results[method, SEEDS[0]]["pictures"] for method in ROWS}
-    labels = {"50 steps": "the prior,\n50 steps", "4 steps": "4 steps",
-              "1 step": "1 step:\nthe student's\nstart"} | {
-        method: f"{method.upper()} student,\n1 step" for method in ROWS}
-    measured, rows = measures(results), []
-    for name, made in images.items():
-        distance, score = (each.mean().item() for each in measured[name])
-        first = made.unflatten(0, (len(PROMPTS), -1))[:8, 0]
-        rows.append((f"{labels[name]}\n\nKID {distance:.3f}\nscore {score:.2f}", first / 255))
+    rows = []
+    for name, (distance, score) in measures(results).items():
+        label = LABELS.get(name, f"{name.upper()} student,\n1 step")
+        images = results["prior"][name] if name in SAMPLERS else results[name, SEEDS[0]]["pictures"]
+        first = images.unflatten(0, (len(PROMPTS), -1))[:8, 0]
+        rows.append((f"{label}\n\nKID {distance.mean():.3f}\nscore {score.mean():.2f}",
+                     first / 255))
     sheet(path, PROMPTS[:8], rows, 96, corner="same noise", colors=256)
 
 
 def numbers(results):
-    return {name: {"KID": mean_and_error(distance.flatten()), "score": mean_and_error(
-        score.flatten())} for name, (distance, score) in measures(results).items()}
+    return numbers_of({name: {"KID": distance.flatten(), "score": score.flatten()}
+                       for name, (distance, score) in measures(results).items()})
 
 
 CLAIMS = {"student": Claim(

@@ -1,15 +1,15 @@
 """work.py — what every claim is made of: jobs that are kept, paired differences, a verdict.
 
 A Job is a function and its arguments; what it returns, tensors by name, is kept in outputs/claims/
-under a name that has a key of all that it depends on: the weights in tiny/, the arguments, and the
-code that it can reach (comments and docstrings apart). A Claim names its jobs and turns what they
-returned into tests; one rule turns the tests into a verdict.
+in a file whose name ends in a key of all that it depends on: the weights in tiny/, the packages
+that run them, the arguments, the source files. A Claim names its jobs and turns what they returned
+into tests; one rule turns the tests into a verdict.
 """
 import ast
 import functools
-import glob
 import hashlib
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from scipy.stats import t as student_t
+from tqdm import tqdm
 
-from export import moved_into
 from prior import HERE, UserError
 from tiny.corrective import fingerprint
-from tiny.training import threads_kept
+from tiny.training import save_tensors, threads_kept
 
 KEPT = Path("outputs/claims")
 RULE = (
@@ -34,6 +36,36 @@ RULE = (
     "first runs: the average over seeds and t, both stricter, controls, what is ours.)")
 
 
+# ------------------------------------------------------------------------------------------ keys
+# the source files that runs depend on, tests aside, beside the module that defines the run
+SOURCES = ("*.py", "cli/settings.py", "tiny/*.py", "claims/pictures.py")
+
+
+def source_digest(*files):
+    """8 digits of what Python files say; comments and layout do not count."""
+    return fingerprint(*(ast.dump(ast.parse(file.read_text("utf-8"))) for file in files))
+
+
+@functools.cache
+def shared_digest():
+    """A digest of SOURCES, of the embedded models, and of the packages that run them."""
+    sources, weights = [], []
+    for pattern in SOURCES:
+        sources += HERE.glob(pattern)
+    for pattern in ("tiny/*/**/*.json", "tiny/*/**/*.txt", "tiny/**/*.safetensors"):
+        weights += HERE.glob(pattern)
+    sources = [file for file in sources if not file.name.startswith(("test_", "conftest"))]
+    packages = [version(name) for name in ("torch", "diffusers", "peft")]
+    return fingerprint(source_digest(*sorted(sources)), packages,
+                       *(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(weights)))
+
+
+@functools.cache
+def module_digest(name):
+    """A digest of the source of a module that is imported."""
+    return source_digest(Path(sys.modules[name].__file__))
+
+
 # ------------------------------------------------------------------------------------------ jobs
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -43,151 +75,44 @@ class Job:
     arguments: dict
     minutes: float
 
-    def about(self):
-        """All that the result depends on: the weights, the arguments, the code."""
-        return {"weights": weights(), "arguments": repr(self.arguments),
-                "code": code_of(self.function.__module__, self.function.__name__)}
-
     @property
     def file(self):
-        return KEPT / f"{self.name}-{fingerprint(self.about())}.safetensors"
+        """Where the result is kept."""
+        module = module_digest(self.function.__module__)
+        key = fingerprint(shared_digest(), module, self.arguments)
+        return KEPT / f"{self.name}-{key}.safetensors"
 
     def result(self):
-        """What it returned; UserError where it has not been made."""
-        from safetensors.torch import load_file
+        """Return what the function returned. UserError where it has not been run."""
         if not self.file.exists():
             raise UserError(f"{self.file} is not there: run the claim first")
         return load_file(self.file)
 
     def run(self):
-        return {name: x.contiguous() for name, x in self.function(**self.arguments).items()}
-
-    def keep(self, result):
-        from safetensors.torch import save_file
+        """Call the function and keep what it returns."""
+        result = self.function(**self.arguments)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with moved_into(self.file) as temporary:
-            save_file(result, temporary, self.about())
+        save_tensors(self.file, result)
 
 
 def make(jobs, part="1/1"):
-    """Make this part ("1/2", …) of the jobs; those that are there are not made again.
-
-    -> whether all are there now.
-    """
-    from tqdm import tqdm
-    i, _, n = part.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+    """Run this part ("1/2", …) of the jobs, but for those that are kept. -> whether all are now."""
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--part {part} is no part: 1/2 is the first of two")
-    missing = [job for job in jobs[int(i) - 1::int(n)] if not job.file.exists()]
-    with threads_kept(), tqdm(total=round(sum(job.minutes for job in missing)), disable=not missing,
-              desc=f"part {part}", unit="min", file=sys.stderr) as bar:
-        if int(n) > 1:
+    mine = jobs[int(number) - 1::int(parts)]
+    missing = [job for job in mine if not job.file.exists()]
+    minutes = round(sum(job.minutes for job in missing))
+    with threads_kept(), tqdm(total=minutes, desc=f"part {part}", unit="min",
+                              disable=not missing) as bar:
+        if int(parts) > 1:
             torch.set_num_threads(1)              # the other processes have the other cores
         for job in missing:
             bar.set_postfix_str(job.name)
-            if not job.file.exists():                       # another process may have made it
-                job.keep(job.run())
+            if not job.file.exists():             # another process may have run it
+                job.run()
             bar.update(job.minutes)
     return all(job.file.exists() for job in jobs)
-
-
-def vouch(jobs):
-    """For code that was changed and does the same. -> how many results are kept.
-
-    Of each kind, a function and its first argument (the method), the shortest job whose older
-    result is there is made again. If it ends in the same bits, all results of that kind which are
-    of the same older code, weights and arguments are taken for the new code's.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-    older, same, kept = [], {}, 0
-    for job in sorted(jobs, key=lambda job: job.minutes):
-        for file in KEPT.glob(f"{glob.escape(job.name)}-????????.safetensors"):
-            with safe_open(file, "pt") as opened:
-                about = opened.metadata() or {}
-            if {**job.about(), "code": about.get("code")} == about and not job.file.exists():
-                older.append((job, about["code"], load_file(file)))
-    for job, code, before in older:
-        kind = job.function, code, *list(job.arguments.values())[:1]
-        if kind not in same:
-            now = job.run()
-            same[kind] = now.keys() == before.keys() and all(
-                torch.equal(now[name], before[name]) for name in now)
-        if same[kind] and not job.file.exists():
-            job.keep(before)
-            kept += 1
-    return kept
-
-
-@functools.cache
-def weights():
-    """A digest of the embedded models, whole, and of the packages that run them."""
-    digest = hashlib.sha256(repr([version(name) for name in ("torch", "diffusers", "peft")])
-                            .encode())
-    for file in sorted([*HERE.glob("tiny/*/**/*.*"), *HERE.glob("tiny/*.safetensors")]):
-        if file.suffix in (".json", ".txt", ".safetensors"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]
-
-
-@functools.cache
-def definitions():
-    """({(module, name): what it is, without docstrings}, {(module, alias): (module, name)}): what
-    our modules define at their top, and what they import of one another, wherever in them; the
-    name of a module itself is ""."""
-    files = [*HERE.glob("*.py"), *HERE.glob("tiny/*.py"), *HERE.glob("claims/*.py")]
-    trees = {".".join(file.relative_to(HERE).with_suffix("").parts): ast.parse(
-        file.read_text("utf-8")) for file in files if not file.name.startswith("test_")}
-    defined, imports = {}, {}
-    for module, tree in trees.items():
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr) \
-                    and isinstance(body[0].value, ast.Constant):
-                del body[0]
-            if isinstance(node, ast.Import):
-                imports |= {(module, each.asname or each.name): (each.name, "")
-                            for each in node.names if each.name in trees}
-            elif isinstance(node, ast.ImportFrom):
-                for each in node.names:
-                    whole = f"{node.module}.{each.name}"
-                    imports[module, each.asname or each.name] = \
-                        (whole, "") if whole in trees else (node.module, each.name)
-        for node in tree.body:
-            targets = [target for each in ast.walk(node)
-                       for target in getattr(each, "targets", [getattr(each, "target", None)])
-                       if isinstance(each, (ast.Assign, ast.AnnAssign, ast.AugAssign))]
-            named = [node.name] if hasattr(node, "name") else [
-                each.id for target in targets for each in ast.walk(target)
-                if isinstance(each, ast.Name)]
-            for name in named:
-                defined.setdefault((module, name), []).append(node)
-    return defined, imports
-
-
-def reached_from(module, name):
-    """All (module, name) of ours that a definition can reach."""
-    (defined, imports), reached, waiting = definitions(), set(), [(module, name)]
-    while waiting:
-        one = waiting.pop()
-        if one in reached:
-            continue
-        reached.add(one)
-        waiting += [imports[one]] if one in imports else []
-        for each in (part for node in defined.get(one, []) for part in ast.walk(node)):
-            if isinstance(each, ast.Name):
-                waiting.append((one[0], each.id))
-            elif isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name):
-                whole, nothing = imports.get((one[0], each.value.id), ("", None))
-                waiting += [(whole, each.attr)] if nothing == "" else []
-    return reached & defined.keys()
-
-
-@functools.cache
-def code_of(module, name):
-    """A digest of a definition and of what it can reach in our modules."""
-    reached = reached_from(module, name)
-    return fingerprint(*sorted(ast.dump(node) for one in reached for node in definitions()[0][one]))
 
 
 # ---------------------------------------------------------------------------- tests and verdicts
@@ -209,38 +134,58 @@ class Claim:
     clusters: int | None = None
 
     def record(self, results):
-        """All that is said of it, as claims.json has it; results: what its jobs returned."""
-        tests = {name: tested(each, self.clusters) for name, each in self.tests(results).items()}
+        """Return what claims.json has about the claim; results: what its jobs returned."""
+        tests = {name: tested(differences, self.clusters)
+                 for name, differences in self.tests(results).items()}
         return {"claim": self.title, "paper": self.says, "verdict": verdict(tests),
                 "tests": tests, "limits": self.limits,
                 "numbers": self.numbers(results) if self.numbers else {}}
+
+    def made_of(self):
+        """A digest of the jobs, and of the code that judges them."""
+        return fingerprint(module_digest(__name__), *(str(job.file) for job in self.jobs.values()))
 
 
 def mean_and_error(values):
     """(mean, its standard error) of numbers; the error of one alone is not known: nan."""
     values = [float(value) for value in values]
-    mean = sum(values) / len(values)
     if len(values) == 1:
-        return mean, math.nan
-    spread = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(spread / len(values))
+        return values[0], math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def numbers_of(rows):
+    """{row: {measure: numbers}} -> the same with (mean, its standard error) of each."""
+    table = {}
+    for name, measures in rows.items():
+        table[name] = {measure: mean_and_error(values) for measure, values in measures.items()}
+    return table
 
 
 def tested(values, clusters=None):
     """Paired differences -> {"mean", "error", "n", "sure": 1, −1, or 0 where 0 is not outside}."""
-    from scipy.stats import t
     if clusters and len(values) > clusters:
-        values = [sum(values[i::clusters]) / len(values[i::clusters]) for i in range(clusters)]
+        values = [statistics.fmean(values[i::clusters]) for i in range(clusters)]
     mean, error = mean_and_error(values)
-    beyond = abs(mean) > t.ppf(0.975, len(values) - 1) * error        # of one alone: nan, False
-    return {"mean": mean, "error": error, "n": len(values),
-            "sure": int(math.copysign(beyond, mean))}
+    radius = student_t.ppf(0.975, len(values) - 1) * error        # of one alone: nan
+    sure = int(mean > radius) - int(mean < -radius)
+    return {"mean": mean, "error": error, "n": len(values), "sure": sure}
+
+
+def paper_tests(tests):
+    """The tests of what the paper says: neither controls nor ours."""
+    return {name: test for name, test in tests.items()
+            if not name.startswith(("control: ", "ours: "))}
 
 
 def verdict(tests):
     """RULE: {name: {"sure": …}} -> "holds", "does not hold here", "undecided"."""
-    if any(test["sure"] < 1 for name, test in tests.items() if name.startswith("control: ")):
+    controls = [test["sure"] for name, test in tests.items() if name.startswith("control: ")]
+    sure = [test["sure"] for test in paper_tests(tests).values()]
+    if min(controls, default=1) < 1:
         return "undecided"
-    sure = [test["sure"] for name, test in tests.items()
-            if not name.startswith(("control: ", "ours: "))]
-    return "does not hold here" if min(sure) < 0 else "holds" if min(sure) > 0 else "undecided"
+    if min(sure) < 0:
+        return "does not hold here"
+    if min(sure) > 0:
+        return "holds"
+    return "undecided"

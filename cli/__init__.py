@@ -1,0 +1,1 @@
+"""What the commands share: their settings, the run, its files, its pictures."""

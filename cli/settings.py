@@ -1,0 +1,498 @@
+"""cli/settings.py — the settings of every command, one typed model each, and the flags made of it.
+
+A field of a model is a flag, a value in config.json, and a line of --help: its name, its type, its
+bounds and what it means are written once, here. A field without a default has it from the method's
+row. config.json holds the model's dump, and --resume validates it again.
+"""
+import argparse
+import hashlib
+import inspect
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, ClassVar, Literal, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUndefined
+
+from cli.files import check_text, read_text, regular
+from prior import UserError
+
+
+# ------------------------------------------------------------------------------ types, and groups
+def found(text):
+    """Make the path of a file or folder that exists absolute; leave another name as it is."""
+    if text not in ("", "tiny-sd") and regular(text).exists():
+        return str(Path(text).resolve())
+    return text
+
+
+def flag(meaning, default=..., **bounds):
+    """A field of a model. exclude=True: it is not written into config.json."""
+    return Field(default, description=meaning, **bounds)
+
+
+Text = Annotated[str, AfterValidator(check_text)]
+Place = Annotated[str, AfterValidator(check_text), AfterValidator(found)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Field(ge=0, le=1e30)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10 ** 9)]
+Degrees = Annotated[float, Field(ge=-1e6, le=1e6)]
+Latitude = Annotated[float, Field(ge=-90, le=90)]
+Distance = Annotated[float, Field(ge=1e-3, le=1e6)]
+Angle = Annotated[float, Field(ge=1, le=170)]
+Pixels = Annotated[int, Field(ge=4, le=8192)]
+Seed = Annotated[int, Field(ge=0, le=2 ** 63 - 1)]
+Kernels = Literal["auto", "torch", "triton"]
+
+EQUATION, PHI, SUBJECT, MODEL, RUN = GROUPS = (
+    "the equation", "φ, which predicts ε_φ", "what is optimised", "the model", "the run")
+
+
+class Settings(BaseModel):
+    """What the models have in common: no field is unknown or infinite, none changes afterwards."""
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    group: ClassVar[str] = RUN
+    may_change: ClassVar[set] = set()            # the fields that --resume may be given anew
+
+
+class Equation(Settings):
+    group: ClassVar[str] = EQUATION
+    method: Text = flag("the row of the table")
+    lam: Number = flag("λ, guidance of Eq. 7")
+    gamma: Number = flag("γ of Eqs. 9 and 10")
+    eta: Positive = flag("η of Eq. 9, where there are real pictures")
+    omega: Text = flag("ω(t) of Eq. 7")
+    t_min: Fraction = flag("least t for θ, a fraction of T")
+    t_max: Fraction = flag("largest t for θ")
+    t_max_late: Fraction = flag("largest t for θ after --t-late of the steps")
+    t_late: Fraction = flag("a fraction of the steps")
+    t_order: Literal["random", "descending"] = flag(
+        "how θ's t is drawn; descending: it falls evenly from --t-max to --t-min")
+    fixed_noise: bool = flag("one ε for θ throughout (LMC-SDS's trick)")
+    share_noise: bool = flag("θ's t and ε for φ, too (Algorithm 1)")
+
+
+class Phi(Settings):
+    group: ClassVar[str] = PHI
+    phi: Text = flag("what predicts ε_φ")
+    phi_lr: Positive = flag("AdamW's learning rate for φ")
+    phi_steps: Count = flag("updates of φ per update of θ")
+    lam_phi: Number = flag("guidance inside φ; 1 is none")
+    rank: Count = flag("of the LoRA", 4)
+    phi_init: Place | None = flag("a LoRA, a folder or a file, that φ starts at", None)
+    tokens: Count = flag("learnable words of the embedding", 4)
+    checkpointing: bool = flag("less memory for φ, more time", False)
+
+
+class VariantPhi(Phi):
+    negative: Text | None = flag("csd, nfsd: the negative prompt", None)
+    source_words: Text | None = flag("bridge: what the pictures are; {} is the prompt", None)
+    target_words: Text | None = flag("bridge: what is wanted of them; {} is the prompt", None)
+    bridge_steps: int | None = flag("bridge: steps of its ODEs (default 1)", None, ge=1, le=1000)
+    bridge_start: Fraction | None = flag("bridge: where it begins, a fraction of the steps "
+                                         "(default 0.5; with --source-words 0)", None)
+    bandwidth: Positive | None = flag("--phi exact: each particle's blur h", None)
+    corrective: Place | None = flag("lmc: its network (default: the embedded model's)", None)
+
+
+class Optimiser(Settings):
+    group: ClassVar[str] = SUBJECT
+    steps: Count = flag("updates of θ")
+    lr: Positive = flag("learning rate for θ")
+    lr_end: float = flag("the rate falls to this part of --lr", ge=0, le=1e6)
+    optimizer: Text = flag("of θ")
+
+
+class Model(Settings):
+    group: ClassVar[str] = MODEL
+    model: Place = flag('"tiny-sd", a diffusers folder, a hub name, or a .safetensors file, with '
+                        "--config", "tiny-sd")
+    config: Place | None = flag("of a --model file: a folder of such a model", None)
+    size: int | None = flag("pixels of a side (default: the model's own)", None, ge=8, le=8192)
+    settings: Literal["tiny", "paper"] = flag(
+        "whose defaults: tiny, measured on tiny-sd, or paper, for every other model")
+    device: Text = flag("cpu, cuda, cuda:1, …; auto is cuda where there is one", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "of the prior; auto is bfloat16 on cuda, float32 on the cpu", "auto")
+    compile: bool = flag("compile the networks' repeated blocks; meant for CUDA: on the CPU a step "
+                         "of tiny-sd gains 3 to 10 %, less than the minute it takes", False)
+    vae_tiling: bool = flag("less memory for large pictures", False)
+
+
+class Run(Settings):
+    seed: Seed = flag("of all randomness", 0)
+    micro_batch: Count | None = flag("pictures at a time (default: all)", None)
+    threads: Count | None = flag("of torch, on the CPU (default: torch's own choice)", None)
+    save_every: Count = flag("steps between checkpoints", 50)
+    out: Text | None = flag("the folder (default outputs/METHOD-PROMPT-SEED)", None, exclude=True)
+    resume: Text | None = flag("go on with the run in this folder", None, exclude=True)
+    may_change: ClassVar[set] = {"steps", "device", "save_every", "micro_batch", "threads"}
+
+
+class PromptsFile(Settings):
+    prompts_file: Text | None = flag("a run for each line that has none yet; empty lines and lines "
+                                     "that begin with # are left out; - is stdin", None,
+                                     exclude=True)
+
+
+# ---------------------------------------------------------------------------- a model a command
+class PictureSettings(Equation, Phi, Optimiser, Model, Run, PromptsFile):
+    """asd.py: pictures of prompts."""
+    group: ClassVar[str] = SUBJECT
+    prompt: list[Text] | None = flag("what to make; repeat for several", None)
+    particles: Count = flag("pictures per prompt, one φ for all", 1)
+    init: Place | None = flag("start from this picture, not from noise", None)
+    pixels: bool = flag("optimise RGB through the VAE's encoder", False)
+    real: Place | None = flag("real pictures, one or a folder: φ learns by Eq. 9", None)
+
+
+class VariantSettings(PictureSettings, VariantPhi):
+    """variants.py: the same by other methods."""
+    generator: Literal["latents", "network"] = flag("network: learn to make all pictures at once",
+                                                    "latents")
+
+
+class EditSettings(Equation, VariantPhi, Optimiser, Model, Run):
+    """editing.py: a picture, or a network that edits pictures."""
+    group: ClassVar[str] = SUBJECT
+    image: Place | None = flag("the picture to edit; with --network a folder of them", None)
+    source: Text | None = flag("z: what the picture is", None)
+    target: Text | None = flag("y: what it should become", None)
+    mask: Place | None = flag("white where the picture may change, not where it is black or "
+                              "transparent; as large as the picture", None)
+    pixels: bool = flag("optimise RGB through the VAE's encoder", False)
+    phi_z: Literal["eq9", "swapped", "both", "eq10", "none"] = flag(
+        "how φ_z learns: by Eq. 9, the edit fake and the source real (eq9), swapped, or the source "
+        "both; by Eq. 10 on the edit; or no second discriminator")
+    lam_source: Number | None = flag("λ of the source's half of Eq. 11 (default: --lam)")
+    shift: Number = flag("s of FlowEdit and DVRF: the noise of the edit is ε + s(z − z_src)")
+    shift_grows: bool = flag("s grows from 0 to --shift")
+    lam_source: Number | None = flag("λ of what is subtracted (default: --lam)", None)
+    shift: Number = flag("s: the noise added to the edit is ε + s (z − z_src); 1 is FlowEdit's")
+    shift_grows: bool = flag("s grows from 0 to --shift")
+    network: bool = flag("train a network that edits any such picture; without --image it learns "
+                         "on the model's own samples of --source", False)
+    things: Text | None = flag("--network: what {} in both prompts stands for, with commas", None)
+    batch: Count = flag("--network: pictures per step", 8)
+    pictures: Count = flag("--network: samples to make", 64)
+    apply: Text | None = flag("edit --image by the network that was trained in this folder; goes "
+                              "with --image, --out and --device alone", None, exclude=True)
+
+
+class ApplySettings(Settings):
+    """editing.py --apply."""
+    apply: Text
+    image: Place
+    out: Text | None = None
+    device: Text = "auto"
+
+
+class SceneSettings(Equation, VariantPhi, Optimiser, Model, Run, PromptsFile):
+    """text_to_3d.py: a NeRF of a prompt."""
+    group: ClassVar[str] = SUBJECT
+    prompt: Text | None = flag("what to make", None)
+    views: Count = flag("pictures per step")
+    samples: Annotated[Count, Field(ge=2)] = flag("along each ray")
+    elevation: tuple[Latitude, Latitude] = flag("degrees, least and largest")
+    overhead: Fraction = flag("the part of the views that is from above")
+    azimuth: tuple[Degrees, Degrees] = flag("degrees, 0 is the front")
+    distance: tuple[Distance, Distance] = flag("of the camera")
+    fovy: tuple[Angle, Angle] = flag("vertical angle of view, degrees")
+    resolution: tuple[Pixels, Pixels] = flag("pixels, at first and later")
+    late: Fraction = flag("when: a fraction of the steps")
+    background: Literal["white", "random", "learnt"] = flag("behind the scene")
+    sparsity: Number = flag("weight against fog")
+    opaque: Number = flag("weight against half-tones")
+    blob: Number = flag("density at the origin at the start", 10.0)
+    blob_radius: float = flag("where it ends", 0.5, ge=1e-3, le=1e30)
+    levels: int = flag("of the hash grid", 8, ge=1, le=32)
+    table: int = flag("log2 of its entries a level", 15, ge=4, le=24)
+    finest: int = flag("cells of its finest level", 96, ge=8, le=8192)
+    threshold: Positive = flag("density of the mesh's surface", 10.0)
+    kernels: Kernels = flag("auto is Triton on CUDA", "auto")
+    may_change: ClassVar[set] = Run.may_change | {"threshold"}
+
+
+class FitSettings(Settings):
+    """nerf.py: a NeRF of posed pictures."""
+    scene: Text = flag('a folder with transforms.json, or a solid such as "red mug"', "",
+                       json_schema_extra={"positional": True})
+    pictures: Count = flag("of a built-in solid", 40)
+    size: int = flag("pixels", 64, ge=8, le=10 ** 9)
+    steps: Count = flag("of Adam", 600)
+    batch: Count = flag("rays per step", 1024)
+    samples: Annotated[Count, Field(ge=2)] = flag("along each ray", 64)
+    lr: Positive = flag("learning rate", 2e-2)
+    box: float | None = flag("half the side of the scene (default 1; of a folder 1.5)", None,
+                             ge=1e-3, le=1e30)
+    background: Literal["white", "random"] = flag("the pictures are put on", "random")
+    view: bool = flag("colours depend on the direction", False)
+    threshold: Positive = flag("density of the mesh's surface", 10.0)
+    kernels: Kernels = flag("auto is Triton on CUDA", "auto")
+    device: Text = flag("cpu, cuda, …; auto is cuda where there is one", "auto")
+    threads: Count | None = flag("of torch, on the CPU (default: torch's own choice)", None)
+    seed: Seed = flag("of all randomness", 0)
+    out: Text | None = flag("the folder (default outputs/fit-SCENE)", None, exclude=True)
+
+
+class CorrectiveSettings(Settings):
+    """variants.py train-corrective: the network of LMC-SDS."""
+    model: Text = flag('"tiny-sd", a diffusers folder or a hub name', "tiny-sd")
+    minutes: float = flag("of training", 20.0, ge=1e-3, le=1e30)
+    images: Text | None = flag("pictures to learn from (default: the prior's samples)", None)
+    prompts: Text | None = flag("a file of prompts, one a line, for the samples", None)
+    samples: Count = flag("how many to make", 512)
+    ddim: Count = flag("steps to a sample", 25)
+    batch: Count = flag("pictures per step", 16)
+    lr: Fraction = flag("AdamW's learning rate", 2e-3)
+    seed: int = flag("of all randomness", 0, ge=0, le=2 ** 62)
+    device: Text = flag("cpu, cuda, …; auto is cuda where there is one", "auto")
+    out: Text | None = flag("the file (default, of tiny-sd: in tiny/)", None)
+
+
+# --------------------------------------------------------------------------------------- the flags
+class Parser(argparse.ArgumentParser):
+    """A mistake is a UserError; −1e-2 is a number, no flag; words are valid text."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        for word in args:
+            check_text(word)
+        return super().parse_args(args, namespace)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def flag_name(field):
+    return "--" + field.replace("_", "-")
+
+
+def plain_type(annotation):
+    """The type within Annotated[…] and … | None."""
+    while get_origin(annotation) in (Annotated, Union, UnionType):
+        annotation = get_args(annotation)[0]
+    return annotation
+
+
+def groups_of(model):
+    """{field: its group}, as the class that has it first says."""
+    groups = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, Settings):
+            for name in base.model_fields:
+                groups.setdefault(name, base.group)
+    return groups
+
+
+def make_parser(name, about, model, choices, defaults):
+    """The parser of a command's flags, in groups; choices: {field: names}; defaults, for --help."""
+    parser = Parser(prog=name, usage="%(prog)s [flags]", description=about, add_help=False,
+                    argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true", help="print this text")
+    groups = {group: parser.add_argument_group(group) for group in GROUPS}
+    for field, group in groups_of(model).items():
+        add_flag(groups[group], field, model.model_fields[field], choices.get(field),
+                 defaults.get(field))
+    return parser
+
+
+def add_flag(parser, name, field, choices, default):
+    """Add a field's flag. All values are texts, as the model converts and checks them."""
+    kind, meaning, options = plain_type(field.annotation), field.description, {}
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+    if choices:
+        meaning += f": {', '.join(choices)}"
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(kind) is list:
+        options.update(action="append", metavar="TEXT")
+    elif get_origin(kind) is tuple:
+        options.update(nargs=2, metavar=("LEAST", "LARGEST"))
+    else:
+        options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
+    if default is not None:
+        meaning += f" (default {shown(default)})"
+    if (field.json_schema_extra or {}).get("positional"):
+        parser.add_argument(name, nargs="?", help=meaning.replace("%", "%%"))
+    else:
+        parser.add_argument(flag_name(name), help=meaning.replace("%", "%%"), **options)
+
+
+def shown(value):
+    """A default, as --help prints it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(f"{number:g}" for number in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_flags(name, about, model, argv=None, choices=None, defaults=None):
+    """Parse a command line: {field: text}, of what was given. --help prints, and ends the program.
+
+    defaults(given) -> what the command adds to the model's own defaults. UserError for a mistake.
+    """
+    choices = choices or {}
+    given = vars(make_parser(name, about, model, choices, {}).parse_args(argv))
+    if given.pop("help", False):
+        values = {field: about.default for field, about in model.model_fields.items()
+                  if about.default is not PydanticUndefined}
+        values |= defaults(given) if defaults else {}
+        make_parser(name, about, model, choices, values).print_help()
+        sys.exit(0)
+    return given
+
+
+# ------------------------------------------------------------------------------------- the values
+def validated(model, values):
+    """The model of these values. UserError, which names the flag, for the first that is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(first_mistake(error)) from error
+
+
+def first_mistake(error):
+    """One line about a ValidationError."""
+    mistake = error.errors(include_url=False)[0]
+    message = mistake["msg"][0].lower() + mistake["msg"][1:]
+    if not mistake["loc"]:
+        return message
+    name = flag_name(str(mistake["loc"][0]))
+    if mistake["type"] == "missing":
+        return f"{name} is missing"
+    if mistake["type"] == "extra_forbidden":
+        return f"{name} was not expected"
+    return f"{name} cannot be {mistake['input']!r}: {message}"
+
+
+def row_defaults(command, given):
+    """What the method's row, the paper's column and the flags that were given make of the rest."""
+    method = given.get("method", command.default_method)
+    if method is None:
+        raise UserError(f"give a --method, one of {', '.join(command.methods)}")
+    if method not in command.methods:
+        raise UserError(f"unknown method {method!r}: choose one of {', '.join(command.methods)}")
+    column = given.get("settings", "paper")
+    if given.get("model", "tiny-sd") == "tiny-sd":
+        column = given.get("settings", "tiny")
+    row = asdict(command.methods[method])
+    values = command.defaults | {name: value for name, value in row.items()
+                                 if name in command.settings.model_fields}
+    values |= {"method": method, "phi": command.phi_name(method), "settings": column}
+    if column == "paper":
+        values |= command.paper
+    return values | command.implied(given)
+
+
+def new_settings(command, given):
+    """The settings of a new run. UserError where they are wrong, or do not fit together."""
+    settings = validated(command.settings, row_defaults(command, given) | given)
+    check(settings, command)
+    return settings
+
+
+def stored_settings(command, folder):
+    """The settings in a folder's config.json. UserError where they are not what a run writes."""
+    try:
+        config = json.loads(read_text(Path(folder) / "config.json"))
+        if config["program"] != command.name:
+            raise UserError(f"it is a run of {config['program']}: resume it with that")
+        text = json.dumps(config["settings"])
+        settings = command.settings.model_validate_json(text, strict=True)
+        check(settings, command)
+        return settings
+    except Exception as error:                             # such JSON may be anything
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            reason = first_mistake(error)
+        if isinstance(error, UserError):
+            reason = error
+        raise UserError(f"{folder} holds no run to resume: config.json: {reason}") from error
+
+
+def resumed_settings(command, folder, given):
+    """The settings of the run in `folder`, and of those given the few that may be others."""
+    stored = stored_settings(command, folder)
+    settings = validated(command.settings, stored.model_dump() | given)
+    changed = [name for name in given if getattr(settings, name) != getattr(stored, name)]
+    forbidden = [name for name in changed if name not in stored.may_change | {"resume"}]
+    if forbidden:
+        raise UserError("a resumed run keeps its settings: drop "
+                        + ", ".join(map(flag_name, forbidden)))
+    check(settings, command)
+    return settings
+
+
+def settings_digest(settings):
+    """Of what --resume may not change: a checkpoint names it."""
+    kept = settings.model_dump(mode="json", exclude=settings.may_change)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def run_name(settings, command):
+    """A run's name, such as asd-a-red-apple-0."""
+    text = re.sub(r"[^a-z0-9]+", "-", command.prompts(settings)[0].lower()).strip("-")[:40]
+    return f"{settings.method}-{text}-{settings.seed}"
+
+
+# ------------------------------------------------------------------------------------- the checks
+def check(settings, command):
+    """UserError for what is wrong, as far as it shows before anything is loaded or written."""
+    for name, allowed in command.choices.items():
+        value = getattr(settings, name)
+        if value not in allowed:
+            raise UserError(f"{flag_name(name)} cannot be {value!r}: choose one of "
+                            f"{', '.join(allowed)}")
+    command.check(settings)
+    if not all(prompt.strip() for prompt in command.prompts(settings)):
+        raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
+    t_max = settings.t_max
+    if settings.t_late < 1:
+        t_max = min(t_max, settings.t_max_late)
+    if settings.t_min > t_max:
+        raise UserError(f"--t-min {settings.t_min} is above --t-max {settings.t_max} "
+                        f"or --t-max-late {settings.t_max_late}")
+    check_phi(settings, command)
+
+
+def check_phi(settings, command):
+    """UserError for a φ that is not the method's, and for settings that the φ does not have."""
+    method, phi, own = settings.method, settings.phi, command.phi_name(settings.method)
+    if phi != own and own != "lora":
+        raise UserError(f"--method {method} is its φ: drop --phi {phi}")
+    owners = [name for name in command.methods if command.phi_name(name) == phi]
+    if phi != own and owners:
+        raise UserError(f"--phi {phi} is --method {owners[0]}; {method} needs one to train")
+    if phi != "lora" and settings.lam_phi != 1:
+        raise UserError("--lam-phi is guidance inside a φ that is given y, or ∅: --phi lora")
+    for name, group in groups_of(command.settings).items():
+        optional = group == PHI and command.settings.model_fields[name].default is None
+        if not optional or getattr(settings, name) is None:
+            continue
+        owners = [owner for owner, maker in command.phis.items() if name in options_of(maker)]
+        if phi not in owners:
+            kind = "--method" if owners[0] in command.methods else "--phi"
+            raise UserError(f"{flag_name(name)} is for {kind} {' or '.join(owners)}")
+
+
+def options_of(maker):
+    """The names of what a φ takes beside the prior and the prompts."""
+    return list(inspect.signature(maker).parameters)[2:]
+
+
+def phi_options(settings, maker):
+    """The settings that a φ takes; what is None keeps the φ's own default."""
+    values = {name: getattr(settings, name, None) for name in options_of(maker)}
+    return {name: value for name, value in values.items() if value is not None}

