@@ -314,6 +314,8 @@ class Method:
     lr_end: float = 1.0           # θ's rate falls along a cosine to this part of lr; 1: stays
     optimizer: str = "adam"       # of θ, a name of OPTIMIZERS
     phi_lr: float = 1e-3          # AdamW for φ, no weight decay
+    beta2: float = 0.999          # of Adam, for θ and φ
+    adam_eps: float = 1e-8        # of Adam, for θ and φ
     lam_phi: float = 1.0          # guidance inside φ, also in Eqs. 9, 10: a peer's, not the paper's
     steps: int = 350
     phi_steps: int = 1            # φ's updates per update of θ
@@ -324,10 +326,11 @@ class Method:
     shift_grows: bool = False     # s grows from 0 to that
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 METHODS = {"sds": Method(phi=NoisePhi), "vsd": Method(gamma=0.0), "asd": Method(gamma=-1.0)}
-PAPER = ("§6: ProlificDreamer-2D's, by its README and program", {        # no rates are in the text
-    "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "phi_lr": 1e-4, "steps": 500})
+# what other models than tiny-sd take, {method: (its source, settings)}; the text names no rates
+PAPER = dict.fromkeys(METHODS, ("§6: ProlificDreamer-2D's, by its README and program", {
+    "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "phi_lr": 1e-4, "steps": 500}))
 
 
 def find_method(method):
@@ -397,13 +400,22 @@ def flow_time(prior, t):
     return (sigma_t / (alpha_t + sigma_t)).item()
 
 
+def theta_optimizer(parameters, method):
+    """The optimiser of θ: parameters or groups of them, as torch.optim takes them."""
+    if method.optimizer == "sgd":
+        return torch.optim.SGD(parameters, method.lr)
+    return OPTIMIZERS[method.optimizer](parameters, method.lr, betas=(0.9, method.beta2),
+                                        eps=method.adam_eps)
+
+
 def phi_optimizer(parameters, method):
     """AdamW without weight decay, for φ; None where φ has nothing to train."""
     parameters = [p for p in parameters if p.requires_grad]
     if not parameters:
         return None
     # fused: one kernel for a LoRA's hundred small tensors, a fifth of the time
-    return torch.optim.AdamW(parameters, method.phi_lr, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters, method.phi_lr, betas=(0.9, method.beta2),
+                             eps=method.adam_eps, weight_decay=0.0, fused=True)
 
 
 # ------------------------------------------------------------------------------------ Algorithm 1
@@ -419,7 +431,7 @@ def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=No
     the second discriminator of Eq. 11, cameras, generators with rates or regularisers of their
     own, micro-batches, processes, and the rows' lam_phi, fixed_noise, t_order and shift.
     """
-    theta_opt = OPTIMIZERS[method.optimizer](generator.parameters(), method.lr)
+    theta_opt = theta_optimizer(generator.parameters(), method)
     phi_opt = phi_optimizer(phi.parameters(), method)
     null = prior.encode_text([""])
     for step in range(method.steps):
@@ -517,7 +529,7 @@ class State:
         theta = generator.parameters()
         if hasattr(generator, "parameter_groups"):                    # with rates of their own
             theta = generator.parameter_groups(method.lr)
-        self.opt_theta = OPTIMIZERS[method.optimizer](theta, method.lr)
+        self.opt_theta = theta_optimizer(theta, method)
         self.rates = [group["lr"] for group in self.opt_theta.param_groups]
         phis = [phi] if second is None else [phi, second.phi]
         # one optimiser for both φ, used for one at a time: what has no gradient makes no step
@@ -926,8 +938,7 @@ def main(argv=None):
     from cli.settings import PictureSettings
     return run.main(run.Command(
         "asd.py", "Pictures that look, to a frozen diffusion model, like the prompt (ASD).",
-        PictureSettings, METHODS, PHIS, CHOICES, build, distill, paper_source=PAPER[0],
-        paper=PAPER[1]), argv)
+        PictureSettings, METHODS, PHIS, CHOICES, build, distill, paper=PAPER), argv)
 
 
 if __name__ == "__main__":

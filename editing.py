@@ -85,8 +85,12 @@ NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_
 
 
 # SGD 0.1 of the DDS notebook's loss is 0.0488 of Eq. 11; §6 names no rate for φ
-PAPER = ("§6: the DDS notebook's, with the paper's γ and η; φ's rate ProlificDreamer-2D's", {
-    "lr": 0.0488, "steps": 200, "omega": "1", "t_min": 0.05, "t_max": 0.948, "phi_lr": 1e-4})
+NOTEBOOK = {"lr": 0.0488, "steps": 200, "omega": "1", "t_min": 0.05, "t_max": 0.948}
+PAPER = {
+    "asd": ("§6: the DDS notebook's, with the paper's γ and η; φ's rate ProlificDreamer-2D's",
+            NOTEBOOK | {"phi_lr": 1e-4}),
+    "dds": ("the DDS notebook", NOTEBOOK),
+}
 
 
 def methods(network=False):
@@ -256,12 +260,8 @@ def in_one_pass(prior, net, pictures):
 
 # ----------------------------------------------------------------------------------- command line
 def implied(given):
-    """The settings that are not the paper's, whatever the model: of --network, of FlowEdit."""
-    if given.get("network"):
-        return NETWORK
-    if given.get("method") in ("flowedit", "dvrf"):
-        return {name: value for name, value in SAMPLER.items() if name != "phi"}
-    return {}
+    """The settings of --network, whatever the model."""
+    return NETWORK if given.get("network") else {}
 
 
 def check(settings):
@@ -436,8 +436,7 @@ def command():
     return Command(
         "editing.py", "Make a picture of --source one of --target (ASD's Eq. 11).", EditSettings,
         methods(), ALL_PHIS, asd.CHOICES, build, asd.distill, implied=implied, prompts=prompts,
-        check=check, measure=measure, finish=finish, paper_source=PAPER[0], paper=PAPER[1],
-        divisible=False)
+        check=check, measure=measure, finish=finish, paper=PAPER, divisible=False)
 
 
 def main(argv=None):

@@ -12,10 +12,11 @@
 | volume rendering (NeRF, 2003.08934, Eq. 3)              | composite   | test_composite_… |
 | what skipping empty space may change                    | render      | test_skipping_…  |
 | least squares over rays of posed pictures               | fit         | test_fit_…       |
+| lenses that bend the rays (OpenCV's two models)         | undistort   | test_cameras.py  |
 
 nerf_kernels.py has the first two as Triton kernels, for CUDA. Neither that nor what the command
-needs besides (runs.py, export.py, tiny/solids.py) is needed to use this file. text_to_3d.py makes a
-NeRF from a prompt.
+needs besides (cli/, tiny/solids.py) is needed to use this file. text_to_3d.py makes a NeRF from a
+prompt.
 
 World: z is up, the object's front faces +x, the scene fills the box [−box, box]³. Cameras are
 OpenGL's (x right, y up, looking down −z), as in a NeRF transforms.json. N points, R rays, S samples
@@ -31,6 +32,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +53,9 @@ def layout(resolutions, size):
     in finer ones the vertices share `size` rows, a power of two.
     """
     vertices = [(n + 1) ** 3 for n in resolutions]
+    # the levels lie in one table, one behind the other
     offsets = itertools.accumulate((min(v, size) for v in vertices), initial=0)
+    # resolutions grow, so the dense levels are the first ones
     return list(offsets), sum(v <= size for v in vertices)
 
 
@@ -59,6 +63,7 @@ def corners(x, resolutions, size):
     """x [N, 3] in [0, 1] -> rows of the table and weights, both [8, L, N], of each cell's vertices.
     """
     offsets, dense = layout(resolutions, size)
+    # a number for each level, or for each axis, as a column beside the points
     column = lambda values: torch.tensor(values, dtype=torch.int32, device=x.device)[:, None]
     n, first, prime = column(resolutions), column(offsets[:-1]), column(PRIMES)
     p = x.t()[:, None] * n                                               # [3, L, N]
@@ -93,10 +98,14 @@ class _Interpolate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (table, row, w), to_table, to_w = ctx.saved_tensors, None, None
+        table, row, w = ctx.saved_tensors
+        to_table = to_w = None
+        # ∂L/∂table[j] = Σ_{k: row[k] = j} w[k] ∂L/∂h, a weighted histogram for each feature
         if ctx.needs_input_grad[0]:
-            to_table = torch.stack([torch.bincount(row.flatten(), (w * g).flatten(), len(table))
-                                    for g in grad.t()], 1).to(table)
+            columns = [torch.bincount(row.flatten(), (w * g).flatten(), len(table))
+                       for g in grad.t()]
+            to_table = torch.stack(columns, 1).to(table)
+        # ∂L/∂w[k] = ⟨table[row[k]], ∂L/∂h⟩
         if ctx.needs_input_grad[2]:
             to_w = torch.stack([(table[r] * grad).sum(1) for r in row])
         return to_table, None, to_w
@@ -111,6 +120,7 @@ def hash_encode(x, table, resolutions, size, kernels="torch"):
     if use_triton(kernels, x):
         from nerf_kernels import Encode
         offsets, dense = layout(resolutions, size)
+        # of a level: cells a side, its first row, whether each vertex has a row of its own
         levels = [(n, first, l < dense) for l, (n, first) in enumerate(zip(resolutions, offsets))]
         return Encode.apply(x, table, levels, size)
     row, w = corners(x, resolutions, size)
@@ -145,9 +155,10 @@ def use_triton(kernels, tensor):
         raise ValueError(f"kernels is auto, torch or triton, not {kernels!r}")
     if kernels == "torch" or kernels == "auto" and not tensor.is_cuda:
         return False
+    # Triton compiles a launcher in C for each kernel; its interpreter needs neither CUDA nor that
     compiler = shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")
-    able = _installed("triton") and _installed("nerf_kernels") and \
-        (tensor.is_cuda and compiler or os.environ.get("TRITON_INTERPRET") == "1")
+    runs = tensor.is_cuda and compiler or os.environ.get("TRITON_INTERPRET") == "1"
+    able = runs and _installed("triton") and _installed("nerf_kernels")
     if kernels == "triton" and not able:
         raise ValueError("the Triton kernels need CUDA, Triton, a C compiler and nerf_kernels.py "
                          "beside nerf.py: choose --kernels auto or torch")
@@ -156,6 +167,7 @@ def use_triton(kernels, tensor):
 
 @functools.cache
 def _installed(module):
+    """Whether a module is found, without importing it."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -174,6 +186,7 @@ class NeRF(nn.Module):
                  density="softplus", blob=10.0, blob_radius=0.5, view=False, cells=32,
                  kernels="auto", seed=0):
         super().__init__()
+        # what load() makes it of again
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if size & (size - 1) or not 1 <= base <= finest or density not in ("softplus", "exp"):
             raise ValueError(f"size {size} must be a power of two, 1 <= base {base} <= finest "
@@ -181,12 +194,14 @@ class NeRF(nn.Module):
         self.box, self.size, self.cells, self.view = box, size, cells, view
         self.density, self.blob, self.blob_radius = density, blob, blob_radius
         self.kernels = kernels
+        # cells a side: n_l = base · b^l, from base to finest (Instant-NGP, Eqs. 2 and 3)
         growth = (finest / base) ** (1 / max(levels - 1, 1))
         self.resolutions = [int(base * growth ** l + 1e-6) for l in range(levels)]
         rng = torch.Generator().manual_seed(seed)
         rows = layout(self.resolutions, size)[0][-1]
         self.table = nn.Parameter(1e-4 * (2 * torch.rand(rows, features, generator=rng) - 1))
-        linear = functools.partial(nn.utils.skip_init, nn.Linear)      # draws nothing by itself
+        # layers that draw nothing by themselves: all randomness is rng's
+        linear = functools.partial(nn.utils.skip_init, nn.Linear)
         self.inner = nn.Sequential(linear(levels * features, width), nn.ReLU(),
                                    linear(width, 16))                    # log-density and features
         self.outer = nn.Sequential(linear(15 + 3 * view, width), nn.ReLU(), linear(width, 3))
@@ -200,13 +215,15 @@ class NeRF(nn.Module):
 
     def geometry(self, x):
         """x [N, 3] -> (σ [N], features [N, 15])."""
-        h = self.inner(hash_encode((x / self.box + 1) / 2, self.table, self.resolutions, self.size,
-                                   self.kernels))
+        unit = (x / self.box + 1) / 2                                    # [−box, box] -> [0, 1]
+        h = self.inner(hash_encode(unit, self.table, self.resolutions, self.size, self.kernels))
         # σ = softplus or exp of h₀ + b (1 − ‖x‖/r), the blob of Magic3D and threestudio
         log = h[:, 0] + self.blob * (1 - x.norm(dim=1) / (self.blob_radius * self.box))
-        low = log.clamp(max=9)                # exp goes on as its tangent, so its gradient does
-        return F.softplus(log) if self.density == "softplus" else low.exp() * (1 + log - low), \
-            h[:, 1:]
+        if self.density == "softplus":
+            return F.softplus(log), h[:, 1:]
+        # exp(log) up to e⁹, and then its tangent e⁹ (1 + log − 9), which keeps a gradient
+        low = log.clamp(max=9)
+        return low.exp() * (1 + log - low), h[:, 1:]
 
     def forward(self, x, directions=None):
         """x [N, 3], unit directions [N, 3] where view is on -> (σ [N], RGB [N, 3])."""
@@ -222,6 +239,7 @@ class NeRF(nn.Module):
 
     def occupancy(self, x):
         """Whether the cells of x [..., 3] may hold something: bool [...]."""
+        # points on the far faces belong to the last cells
         i = ((x / self.box + 1) * (self.cells / 2)).long().clamp(0, self.cells - 1).unbind(-1)
         return self.occupied.view(-1)[(i[0] * self.cells + i[1]) * self.cells + i[2]]
 
@@ -232,23 +250,26 @@ class NeRF(nn.Module):
         A cell is empty if no density seen of late in it or its 26 neighbours makes a sample of
         length `spacing` more opaque than `least`.
         """
+        # a point of each cell, anywhere in it, so that in time no place of it is missed
         index = torch.arange(self.cells, device=self.peak.device)
         x = torch.stack(torch.meshgrid(index, index, index, indexing="ij"), -1).view(-1, 3)
         u = torch.full(x.shape, 0.5) if rng is None else torch.rand(x.shape, generator=rng)
         x = ((x + u.to(x.device)) * (2 / self.cells) - 1) * self.box
         sigma = torch.cat([self.geometry(part)[0] for part in x.split(1 << 13)])
         self.peak.copy_(torch.maximum(decay * self.peak, sigma.view_as(self.peak)))
+        # the neighbours too: a surface may come out of its cell before the grid is renewed
         near = F.max_pool3d(self.peak[None, None], 3, 1, 1)[0, 0]
+        # 1 − exp(−σ δ), the part of the light that one sample stops
         self.occupied.copy_(1 - torch.exp(-near * spacing) > least)
 
     def save(self, path):
-        """All of it, as safetensors."""
+        """Write the parameters, the grid and the settings as safetensors."""
         from safetensors.torch import save
         Path(path).write_bytes(save(self.state_dict(), {"nerf": json.dumps(self.settings)}))
 
     @classmethod
     def load(cls, path, device="cpu", kernels="auto"):
-        """What save() wrote. Raises ValueError for another file."""
+        """Return the NeRF that save() wrote. ValueError for another file."""
         from safetensors import SafetensorError, safe_open
         try:
             with safe_open(path, "pt") as file:
@@ -268,15 +289,17 @@ def camera_to_world(elevation_deg, azimuth_deg, distance):
     90° has the object's front to the left, elevation θ = 90° looks straight down.
     """
     pose = (elevation_deg, azimuth_deg, distance)
+    # the first tensor decides about the dtype and the device
     like = next((v for v in pose if torch.is_tensor(v) and v.is_floating_point()), torch.ones(1))
     theta, phi, r = torch.broadcast_tensors(
         *(torch.as_tensor(v).to(like).reshape(-1) for v in pose))
     theta, phi = torch.deg2rad(theta), torch.deg2rad(torch.remainder(phi, 360))
-    zero, one = torch.zeros_like(r), torch.ones_like(r)
+    # the camera's axes in the world: x to the right, y up, z back, away from what it looks at
+    zero = torch.zeros_like(r)
     back = torch.stack([theta.cos() * phi.cos(), theta.cos() * phi.sin(), theta.sin(), zero], -1)
     right = torch.stack([-phi.sin(), phi.cos(), zero, zero], -1)
     up = torch.stack([-theta.sin() * phi.cos(), -theta.sin() * phi.sin(), theta.cos(), zero], -1)
-    position = back * r[:, None] + torch.stack([zero, zero, zero, one], -1)
+    position = back * r[:, None] + torch.stack([zero, zero, zero, torch.ones_like(r)], -1)
     return torch.stack([right, up, back, position], -1)
 
 
@@ -286,7 +309,7 @@ def orbit(views, elevation=20.0, distance=2.9):
 
 
 class Picture(NamedTuple):
-    """Of rays of any shape [...]."""
+    """What rays of any shape [...] show."""
     rgb: torch.Tensor             # [..., 3], over the background
     opacity: torch.Tensor         # [...] in [0, 1]
     depth: torch.Tensor           # [...] mean distance along the ray; the box's far side counts for
@@ -296,21 +319,34 @@ class Picture(NamedTuple):
 def rays(c2w, fovy_deg, height, width=None):
     """Origins and unit directions [B, H, W, 3] through the pixels' centres; c2w [B, 4, 4].
 
-    fovy_deg: the full vertical angle, one or [B].
+    fovy_deg: the full vertical angle, a number or [B].
     """
-    width = width or height
-    half = torch.deg2rad(torch.as_tensor(fovy_deg, dtype=c2w.dtype, device=c2w.device) / 2).tan()
-    half = half.expand(len(c2w))[:, None, None]
-    place = lambda n: (2 * torch.arange(n, device=c2w.device, dtype=c2w.dtype) + 1) / n - 1
+    angle = torch.as_tensor(fovy_deg, dtype=c2w.dtype, device=c2w.device).expand(len(c2w))
+    return cast(c2w, pinhole(angle, height, width or height))
+
+
+def pinhole(fovy_deg, height, width):
+    """Unit directions [B, H, W, 3] in a camera's own axes, of square pixels; fovy_deg [B]."""
+    # at the distance 1 the picture reaches from −tan(fovy/2) to tan(fovy/2), y upwards
+    half = torch.deg2rad(fovy_deg / 2).tan()[:, None, None]
+    place = lambda n: (2 * torch.arange(n, device=half.device, dtype=half.dtype) + 1) / n - 1
     x, y = half * width / height * place(width), -half * place(height)[:, None]
     d = torch.stack(torch.broadcast_tensors(x, y, -torch.ones_like(half)), -1)
-    d = F.normalize(d, dim=-1) @ c2w[:, None, :3, :3].transpose(-1, -2)  # [B, H, W, 3]
+    return F.normalize(d, dim=-1)
+
+
+def cast(c2w, d):
+    """Turn directions [B, H, W, 3] from cameras' axes into the world's. -> (origins, directions)"""
+    d = d @ c2w[:, None, :3, :3].transpose(-1, -2)                       # [B, H, W, 3]
     return c2w[:, None, None, :3, 3].expand_as(d), d
 
 
 def intersect_box(origins, directions, box):
     """Where the rays [R, 3] enter and leave [−box, box]³: near, far [R]; equal where they miss."""
+    # nothing is divided by 0 where a ray is parallel to a face
     safe = torch.where(directions.abs() < 1e-9, 1e-9, directions)
+    # where it crosses the two planes of each axis: it is inside between the last way in and the
+    # first way out
     a, b = (-box - origins) / safe, (box - origins) / safe
     near, far = torch.minimum(a, b).amax(1).clamp(min=0), torch.maximum(a, b).amin(1)
     return near, torch.maximum(near, far)
@@ -330,6 +366,7 @@ def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cuto
     shape, o, d = origins.shape[:-1], origins.reshape(-1, 3), directions.reshape(-1, 3)
     back = torch.as_tensor(background, dtype=o.dtype, device=o.device).expand(*shape, 3)
     chunk = chunk or (1 << 16 if o.is_cuda else 1 << 11)
+    # u: where in its interval a sample lies, the same numbers whatever the chunks
     u = torch.rand(len(o), samples, generator=rng) if isinstance(rng, torch.Generator) else rng
     if not torch.is_grad_enabled() and len(o) > chunk:
         parts = zip(*(v.reshape(-1, 3).split(chunk) for v in (o, d, back)),
@@ -343,22 +380,224 @@ def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cuto
     t = near[:, None] + (torch.arange(samples, device=o.device) + u) * delta[:, None]
     x = o[:, None] + t[..., None] * d[:, None]                           # [R, S, 3]
     # a quarter of each ray at a time, front to back, without what is empty and what is hidden
-    occupied, quarter = nerf.occupancy(x) & (delta > 0)[:, None], -(-samples // 4)
+    occupied = nerf.occupancy(x) & (delta > 0)[:, None]
+    quarter = math.ceil(samples / 4)
     T, sigma, rgb = torch.ones_like(delta), [], []
     for i in range(0, samples, quarter):
         i = slice(i, i + quarter)
         live = occupied[:, i] & (T > cutoff)[:, None]                    # [R, S/4]
+        # the field sees these alone; to all other samples it gives σ = 0
         s, c = nerf(x[:, i][live], d[live.nonzero()[:, 0]])
         sigma.append(torch.zeros_like(t[:, i]).masked_scatter(live, s))
         rgb.append(torch.zeros_like(x[:, i]).masked_scatter(live[..., None], c))
         # T_i = exp(−Σ_{j<i} σ_j δ), the light that is left
         T = T * torch.exp(-sigma[-1].detach().sum(1) * delta)
     sigma, rgb = torch.cat(sigma, 1), torch.cat(rgb, 1)                  # [R, S], [R, S, 3]
+    # colour and distance are summed alike
     out, opacity = composite(sigma, delta, torch.cat([rgb, t[..., None]], 2), nerf.kernels)
     # C = Σ w_i c_i + (1 − Σ w_i) c_background
     through = (1 - opacity).view(*shape, 1)
     return Picture(out[:, :3].view(*shape, 3) + through * back, opacity.view(shape),
                    (out[:, 3] + (1 - opacity) * far).view(shape))
+
+
+# ------------------------------------------------------------- lenses, as a transforms.json has them
+class Lens(NamedTuple):
+    """Where a camera images a direction, in pixels of a picture of w × h, v downwards.
+
+    u = cx + fl_x a',  v = cy + fl_y b',  (a', b') = distort(a, b), and a, b are, of a direction
+    (x, y, −z) at the angle θ from the axis: x/z, −y/z of a pinhole; θ (x, −y)/√(x² + y²) of a
+    fisheye, which is equidistant.
+    """
+    w: float
+    h: float
+    fl_x: float
+    fl_y: float
+    cx: float
+    cy: float
+    k: tuple = (0.0, 0.0, 0.0, 0.0)                                      # radial: k1, k2, k3, k4
+    p: tuple = (0.0, 0.0)                                                # tangential: p1, p2
+    fisheye: bool = False
+
+    @property
+    def is_plain(self):
+        """Whether it is a pinhole of square pixels with its axis in the picture's middle."""
+        central = (self.cx, self.cy) == (self.w / 2, self.h / 2) and self.fl_x == self.fl_y
+        return central and not self.fisheye and not any(self.k + self.p)
+
+    def directions(self, height, width):
+        """Unit directions [height, width, 3] in the camera's axes, through the pixels' centres."""
+        if self.is_plain and width * self.h == height * self.w:
+            fovy = math.degrees(2 * math.atan(self.h / (2 * self.fl_y)))
+            return pinhole(torch.tensor([fovy]), height, width)[0]
+        # the pixels' centres in the picture of w × h
+        u = (torch.arange(width, dtype=torch.float64) + 0.5) * self.w / width
+        v = (torch.arange(height, dtype=torch.float64) + 0.5) * self.h / height
+        a, b = torch.meshgrid((u - self.cx) / self.fl_x, (v - self.cy) / self.fl_y, indexing="xy")
+        a, b = undistort(a, b, self.k, self.p)
+        if not self.fisheye:
+            return F.normalize(torch.stack([a, -b, -torch.ones_like(a)], -1), dim=-1).float()
+        # a direction at the angle θ from the axis: (a sin θ/θ, −b sin θ/θ, −cos θ)
+        theta = torch.hypot(a, b)
+        if theta.max() > math.pi:
+            raise ValueError("a fisheye that sees more than 360°")
+        s = torch.sinc(theta / math.pi)                                  # sin θ/θ, 1 at θ = 0
+        return torch.stack([a * s, -b * s, -theta.cos()], -1).float()
+
+
+def distort(a, b, k, p):
+    """Brown's model, as OpenCV, COLMAP and nerfstudio have it: a, b of any shape -> a', b'.
+
+    a' = a R + 2 p1 a b + p2 (r² + 2a²),  b' = b R + p1 (r² + 2b²) + 2 p2 a b,
+    R = 1 + k1 r² + k2 r⁴ + k3 r⁶ + k4 r⁸. OpenCV's fisheye is the same without p, of r = θ.
+    """
+    r2 = a * a + b * b
+    R = 1 + r2 * (k[0] + r2 * (k[1] + r2 * (k[2] + r2 * k[3])))
+    return (a * R + 2 * p[0] * a * b + p[1] * (r2 + 2 * a * a),
+            b * R + p[0] * (r2 + 2 * b * b) + 2 * p[1] * a * b)
+
+
+def undistort(a_d, b_d, k, p, steps=50):
+    """The inverse of distort, by Newton's method; float64. ValueError where it has none."""
+    a, b = a_d, b_d
+    for _ in range(steps):
+        found_a, found_b = distort(a, b, k, p)
+        e_a, e_b = found_a - a_d, found_b - b_d
+        r2 = a * a + b * b
+        R = 1 + r2 * (k[0] + r2 * (k[1] + r2 * (k[2] + r2 * k[3])))
+        slope = k[0] + r2 * (2 * k[1] + r2 * (3 * k[2] + r2 * 4 * k[3]))  # ∂R/∂r²
+        # the Jacobian [[A, B], [B, C]], which is symmetric, and its inverse times the error
+        A = R + 2 * a * a * slope + 2 * p[0] * b + 6 * p[1] * a
+        B = 2 * a * b * slope + 2 * p[0] * a + 2 * p[1] * b
+        C = R + 2 * b * b * slope + 6 * p[0] * b + 2 * p[1] * a
+        determinant = A * C - B * B
+        a = a - (C * e_a - B * e_b) / determinant
+        b = b - (A * e_b - B * e_a) / determinant
+    # beyond a fold, where ∂(r R)/∂r ≤ 0 on the way, a solution is another point's
+    r2 = torch.linspace(0, 1, 256, dtype=a.dtype) * (a * a + b * b).max()
+    rising = 1 + r2 * (3 * k[0] + r2 * (5 * k[1] + r2 * (7 * k[2] + r2 * 9 * k[3]))) > 0
+    found = torch.stack(distort(a, b, k, p))
+    error = (found - torch.stack([a_d, b_d])).abs() / (1 + torch.stack([a_d, b_d]).abs())
+    if not (error.max() < 1e-9 and rising.all()):
+        raise ValueError(f"a lens of k1 … k4 = {k}, p1, p2 = {p} folds its picture: the "
+                         "distortion has no inverse at the edge")
+    return a, b
+
+
+def number(fields, name, default=None):
+    """Return a finite number of a transforms.json; ValueError, with its name, for others."""
+    value = default if fields.get(name) is None else fields[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e12:
+        raise ValueError(f"{name} is {value!r}: a number is needed")
+    return float(value)
+
+
+PERSPECTIVE = {"PERSPECTIVE", "SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"}
+FISHEYE = {"FISHEYE", "OPENCV_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE"}
+# what instant-ngp, COLMAP and others write for cameras that these lenses are not
+FOREIGN = ("k5", "k6", "s1", "s2", "s3", "s4", "sx1", "sy1", "sk_x", "sk_y", "skew", "latlong",
+           "equirectangular", "orthographic", "rolling_shutter", "from_na", "ftheta_p0",
+           "ftheta_p1", "ftheta_p2", "ftheta_p3", "ftheta_p4")
+
+
+def read_lens(shared, frame, width, height):
+    """The Lens of a frame whose picture has width × height pixels; its own fields come first.
+
+    ValueError, with the field's name, for what is no camera or is none of these lenses.
+    """
+    fields = shared | frame
+    model = str(fields.get("camera_model") or "PERSPECTIVE").upper()
+    if model not in PERSPECTIVE | FISHEYE:
+        raise ValueError(f"camera_model {model} is not known: undistort the pictures, or one of "
+                         f"{', '.join(sorted(PERSPECTIVE | FISHEYE))}")
+    fisheye = model in FISHEYE or bool(fields.get("is_fisheye"))
+    for name in FOREIGN + (("p1", "p2") if fisheye else ("k4",)):
+        value = fields.get(name)
+        if any(value) if isinstance(value, list) else value:
+            raise ValueError(f"{name} is {value}: such lenses are not known, undistort the pictures")
+    # lengths are in pixels of w × h, of which the picture may be a smaller copy
+    w, h = number(fields, "w", width), number(fields, "h", height)
+    if fields.get("h") is None:
+        h = w * height / width
+    elif fields.get("w") is None:
+        w = h * width / height
+    if not (w >= 1 and h >= 1 and abs(width * h - height * w) <= max(w, h)):
+        raise ValueError(f"the picture has {width} × {height} pixels, but w, h are "
+                         f"{w:g}, {h:g}")
+    k = tuple(number(fields, name, 0.0) for name in ("k1", "k2", "k3", "k4"))
+    p = tuple(number(fields, name, 0.0) for name in ("p1", "p2"))
+    cx, cy = number(fields, "cx", w / 2), number(fields, "cy", h / 2)
+    if not (-w <= cx <= 2 * w and -h <= cy <= 2 * h):
+        raise ValueError(f"cx, cy are {cx:g}, {cy:g}: far outside a picture of {w:g} × {h:g}")
+    own = any(frame.get(name) is not None for pair in FOCAL for name in pair)
+    fl_x, fl_y = focal_lengths(frame if own else shared, w, h, fisheye)
+    return Lens(w, h, fl_x, fl_y, cx, cy, k, p, fisheye)
+
+
+FOCAL = (("fl_x", "camera_angle_x"), ("fl_y", "camera_angle_y"))
+# angles of view that a camera can have: 0.1° … 179° of a pinhole, to 360° of a fisheye
+LEAST, WIDEST, ALL_AROUND = math.radians(0.1), math.radians(179), 2 * math.pi
+
+
+def focal_lengths(fields, w, h, fisheye):
+    """fl_x and fl_y in pixels, from themselves or from the angles of view, in radians."""
+    lengths = []
+    for (length, angle), extent in zip(FOCAL, (w, h)):
+        focal = None
+        if fields.get(angle) is not None and not fisheye:
+            view = number(fields, angle)
+            if not LEAST <= view <= WIDEST:
+                raise ValueError(f"{angle} is {view:g}: radians between {LEAST:.2g} and "
+                                 f"{WIDEST:.3g} are needed")
+            focal = extent / (2 * math.tan(view / 2))
+        if fields.get(length) is not None:
+            given = number(fields, length)
+            # the angle of view is 2 atan(w/(2 fl)), of a fisheye w/fl
+            view = 2 * math.atan2(extent, 2 * given)
+            if fisheye and given > 0:
+                view = extent / given
+            if not LEAST <= view <= (ALL_AROUND if fisheye else WIDEST):
+                raise ValueError(f"{length} is {given:g}: no focal length, in pixels, of a picture "
+                                 f"of {w:g} × {h:g}")
+            if focal is not None and abs(given / focal - 1) > 0.02:
+                raise ValueError(f"{length} {given:g} and {angle} {fields[angle]:g} differ, of "
+                                 f"pictures of {w:g} × {h:g} pixels: leave one of them out, or "
+                                 "give w and h")
+            focal = given
+        lengths.append(focal)
+    # pixels are square where one of them alone is given
+    fl_x, fl_y = lengths[0] or lengths[1], lengths[1] or lengths[0]
+    if fl_x is None:
+        raise ValueError("it has neither fl_x nor camera_angle_x, in radians"
+                         if not fisheye else "it has no fl_x, which a fisheye needs")
+    return fl_x, fl_y
+
+
+def read_matrix(values):
+    """Return a camera's matrix to the world as [4, 4] float64, of 4 × 4 or 3 × 4 numbers.
+
+    ValueError where it is no rotation and place; a scale of the rotation is taken out.
+    """
+    m = torch.tensor(values, dtype=torch.float64)
+    if m.shape not in ((4, 4), (3, 4), (16,), (12,)):
+        raise ValueError(f"transform_matrix has the shape {tuple(m.shape)}, not 4 × 4 or 3 × 4")
+    last = torch.tensor([[0, 0, 0, 1]], dtype=m.dtype)
+    m = m.view(-1, 4)
+    if not m.isfinite().all() or m.abs().max() > 1e12:
+        raise ValueError("transform_matrix holds what is no finite number")
+    if len(m) == 4 and (m[3:] - last).abs().max() > 1e-3:
+        raise ValueError(f"transform_matrix ends in {m[3].tolist()}, not in 0, 0, 0, 1: is it "
+                         "transposed?")
+    m = torch.cat([m[:3], last])
+    # RᵀR = 1 and det R = 1, to what rounding in a file costs
+    scale = m[:3, :3].norm() / math.sqrt(3)
+    R = m[:3, :3] / scale.clamp(min=1e-9)
+    if (R.t() @ R - torch.eye(3, dtype=m.dtype)).abs().max() > 0.02 or torch.linalg.det(R) < 0:
+        raise ValueError("transform_matrix is no rotation and place: its first three columns are "
+                         "not right-handed axes at right angles")
+    if abs(scale - 1) > 1e-3:
+        m[:3, :3] = R
+    return m
 
 
 # ---------------------------------------------------------------------- fitting posed pictures
@@ -374,53 +613,180 @@ class Posed(NamedTuple):
         return self.color + (1 - self.opacity)[..., None] * background
 
 
-def read_transforms(path, size):
-    """A transforms*.json of Blender/NeRF-synthetic -> Posed at `size` pixels high. ValueError where
-    the file, a picture or a field of it cannot be used.
+SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".PNG", ".JPG", ".JPEG")
+
+
+def find_picture(folder, name):
+    """The Path of a frame's picture; name: with or without an ending, / or \\ between folders."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"file_path is {name!r}: the name of a picture is needed")
+    for spelling in (name, name.replace("\\", "/")):
+        for suffix in SUFFIXES:
+            file = Path(folder) / (spelling + suffix)
+            if file.is_file():                # a FIFO would never end
+                return file
+    raise ValueError("no such file, nor one with .png, .jpg, … at its end")
+
+
+def read_picture(file, size):
+    """Read a picture as RGBA uint8 [size, width, 4]. -> (that, its width, its height in the file)
+
+    ValueError where it cannot be read, or is a strip.
     """
     import numpy as np
     from PIL import Image
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as picture:
+        width, height = picture.size
+        if max(width, height) > 16 * min(width, height):
+            raise ValueError(f"{width} × {height} pixels are a strip, no camera's picture")
+        if picture.mode[0] in "IF":               # convert() would make it black
+            from cli.files import to_8_bits
+            picture = to_8_bits(picture, file)
+        columns = max(1, round(width * size / height))
+        picture = picture.convert("RGBA").resize((columns, size), Image.BOX)
+    return np.asarray(picture), width, height
 
-    def there(file):
-        if not file.is_file():                # a FIFO would never end
-            raise FileNotFoundError(f"{file} is no file")
-        return file
+
+def check_memory(pictures, height, width):
+    """MemoryError where so many pictures of that size would not fit into this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 500 * pictures * height * width > memory:                         # bytes, as measured
+        raise MemoryError
+
+
+def read_transforms(path, size, place_type=torch.float32):
+    """A transforms*.json of NeRF-synthetic, instant-ngp or nerfstudio -> Posed, `size` pixels high.
+
+    ValueError, with the frame and the field, where the file or a picture cannot be used.
+    place_type: the dtype of the origins.
+    """
+    path, what = Path(path), ""
     try:
-        about = json.loads(there(Path(path)).read_text("utf-8"))
-        pictures, matrices = [], []
-        for frame in about["frames"]:
-            file = Path(path).parent / frame["file_path"]
-            picture = Image.open(there(file if file.suffix else file.with_suffix(".png")))
-            if picture.mode[0] in "IF":           # convert() would make it black
-                raise ValueError(f"{frame['file_path']} has more than 8 bits a channel")
-            picture = picture.convert("RGBA")
-            width = round(picture.width * size / picture.height)
-            full = picture.height / picture.width
-            pictures.append(np.asarray(picture.resize((width, size), Image.BOX)))
-            matrices.append(frame["transform_matrix"])
-        angle = about["camera_angle_x"] if "camera_angle_x" in about else \
-            2 * math.atan(about["w"] / (2 * about["fl_x"]))
-        rgba = torch.from_numpy(np.stack(pictures)).float() / 255
-        c2w = torch.tensor(matrices, dtype=torch.float32).view(len(rgba), 4, 4)
-        fovy = math.degrees(2 * math.atan(math.tan(angle / 2) * full))
-    except Exception as error:                # each format has others
-        raise ValueError(f"{path} cannot be used: {type(error).__name__}: {error}") from error
-    return Posed(*rays(c2w, fovy, size, rgba.shape[2]), rgba[..., :3] * rgba[..., 3:], rgba[..., 3])
+        if not path.is_file():
+            raise FileNotFoundError("it is no file")
+        shared = json.loads(path.read_text("utf-8-sig"))
+        if not isinstance(shared, dict) or not isinstance(shared.get("frames"), list):
+            raise ValueError("it has no list of frames")
+        frames, found, sizes = shared.pop("frames"), [], set()
+        for i, frame in enumerate(frames):
+            what = f"frame {i}: "
+            if not isinstance(frame, dict):
+                raise ValueError("it has no fields")
+            what = f"frame {i} ({frame.get('file_path')}): "
+            pixels, *extent = read_picture(find_picture(path.parent, frame.get("file_path")), size)
+            check_memory(len(frames), *pixels.shape[:2])
+            sizes.add(tuple(extent))
+            if len(sizes) > 1:
+                raise ValueError(f"{extent[0]} × {extent[1]} pixels, unlike those before it")
+            found.append((pixels, read_lens(shared, frame, *extent),
+                          read_matrix(frame.get("transform_matrix"))))
+        what = ""
+        if not found:
+            raise ValueError("it has no frames")
+        return posed_frames(found, place_type)
+    except MemoryError:
+        raise
+    except Exception as error:                # every format of picture has errors of its own
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be used: {what}{kind}{error}") from error
 
 
-def posed_folder(folder, size):
+def posed_frames(frames, place_type):
+    """Frames (RGBA [H, W, 4] uint8, Lens, matrix [4, 4]) -> Posed."""
+    import numpy as np
+    rgba = torch.from_numpy(np.stack([pixels for pixels, _, _ in frames])).float() / 255
+    lenses = [lens for _, lens, _ in frames]
+    made = {lens: lens.directions(*rgba.shape[1:3]) for lens in set(lenses)}
+    c2w = torch.stack([matrix for _, _, matrix in frames])
+    _, directions = cast(c2w.float(), torch.stack([made[lens] for lens in lenses]))
+    # in single precision a place like a map's, 5000 km from its origin, is half a metre off
+    origins = c2w[:, None, None, :3, 3].to(place_type).expand_as(directions)
+    return Posed(origins, directions, rgba[..., :3] * rgba[..., 3:], rgba[..., 3])
+
+
+def posed_folder(folder, size, place_type=torch.float32):
     """-> (pictures to learn, pictures held out): the files' own split, or every eighth picture."""
     folder = Path(folder)
     if (folder / "transforms_train.json").exists():
         held_out = next((f for f in ("test", "val") if (folder / f"transforms_{f}.json").exists()),
                         "test")
-        return tuple(read_transforms(folder / f"transforms_{s}.json", size)
+        return tuple(read_transforms(folder / f"transforms_{s}.json", size, place_type)
                      for s in ("train", held_out))
-    posed = read_transforms(folder / "transforms.json", size)
+    posed = read_transforms(folder / "transforms.json", size, place_type)
     test = torch.arange(len(posed.color)) % 8 == 7
     if not test.any():
         raise ValueError(f"{folder} has {len(test)} pictures: 8 are needed, to hold one out")
     return tuple(Posed(*(v[part] for v in posed)) for part in (~test, test))
+
+
+# ------------------------------------------------------------------------- a scene of any scale
+def part_in_box(posed, box):
+    """Of the rays that show something, the part that meets the box. -> float"""
+    near, far = intersect_box(posed.origins.reshape(-1, 3), posed.directions.reshape(-1, 3), box)
+    shown = posed.opacity.flatten()
+    if not shown.any():
+        shown = torch.ones_like(shown)
+    return ((far > near) * shown).sum().item() / shown.sum().item()
+
+
+def scene_extent(posed):
+    """Where the cameras look together: (centre [3], radius) of the ball that their pictures show.
+
+    None where there is no such place: they look side by side, or outwards.
+    """
+    shown = posed.opacity > 0.5
+    some = shown.flatten(1).any(1)
+    o, d, shown = posed.origins[some, 0, 0], posed.directions[some], shown[some]
+    if len(o) < 2:
+        return None
+    # of each picture the middle ray a of what it shows
+    a = F.normalize((d * shown[..., None]).sum((1, 2)), dim=1)           # [M, 3]
+    # the point nearest to these rays: Σ (1 − a aᵀ)(c − o) = 0
+    across = torch.eye(3, dtype=o.dtype) - a[:, :, None] * a[:, None]    # [M, 3, 3]
+    matrix, middle = across.mean(0), o.mean(0)
+    if torch.linalg.eigvalsh(matrix)[0] < 1e-4:       # parallel, within half a degree
+        return None
+    pull = (across @ (o - middle)[:, :, None]).mean(0)
+    centre = middle + torch.linalg.solve(matrix, pull)[:, 0]
+    if ((centre - o) * a).sum(1).gt(0).double().mean() < 0.9:            # behind the cameras
+        return None
+    # a ball at the distance D that reaches to the angle α from the middle has the radius D sin α
+    cos = (d * a[:, None, None]).sum(-1).masked_fill(~shown, 1).clamp(0, 1).flatten(1).amin(1)
+    radius = ((centre - o).norm(dim=1) * (1 - cos ** 2).sqrt()).quantile(0.9).item()
+    return (centre, radius) if radius > 0 else None
+
+
+def into_box(learnt, held_out, box):
+    """Centre and scale a scene that its cameras show elsewhere than in [−box, box]³.
+
+    -> (learnt, held_out, None) as they were, where they fit; else (…, …, (centre, factor)), by
+    which x becomes factor · (x − centre). ValueError where they do not fit and cannot be made to.
+    """
+    def thinned(posed):                  # at most about 32 rays a side show where a picture looks
+        every = max(1, min(posed.opacity.shape[1:]) // 32)
+        return Posed(*(v[:, ::every, ::every].double() for v in posed))
+
+    def moved(posed):
+        return posed._replace(origins=(posed.origins.double() - centre) * factor)
+    few, few_held_out = thinned(learnt), thinned(held_out)
+    # what is cut out belongs into the box; a photograph's surroundings may lie outside
+    enough = 0.25 if few.opacity.min() > 0.99 else 0.9
+    extent, change = scene_extent(few), None
+    tiny = extent is not None and 10 * extent[1] < box
+    if tiny or part_in_box(few, box) < enough:
+        if extent is None:
+            raise ValueError(f"{part_in_box(few, box):.0%} of what the pictures show meets the box "
+                             f"of ±{box:g}, and the cameras look at no common point: a larger "
+                             "--box, or other transform_matrix")
+        centre, factor = extent[0], 0.9 * box / extent[1]                # 0.9 leaves a margin
+        learnt, held_out, few, few_held_out = map(moved, (learnt, held_out, few, few_held_out))
+        change = centre.tolist(), factor
+    for name, posed in (("", few), ("held-out ", few_held_out)):
+        if part_in_box(posed, box) < enough:
+            raise ValueError(f"{part_in_box(posed, box):.0%} of what the {name}pictures show meets "
+                             f"the box of ±{box:g}: their transform_matrix are of another scale, "
+                             "or --box is too small")
+    return (*(p._replace(origins=p.origins.float()) for p in (learnt, held_out)), change)
 
 
 def psnr(a, b):
@@ -530,7 +896,8 @@ def read_scene(settings):
     """-> (pictures to learn, pictures held out) of a folder or a solid. ValueError for others."""
     from tiny import solids
     if settings.scene and Path(settings.scene).is_dir():
-        return posed_folder(settings.scene, settings.size)
+        return posed_folder(settings.scene, settings.size, torch.float64)
+    check_memory(settings.pictures + 8, settings.size, settings.size)
     if solid := solids.find_solid(settings.scene):
         return builtin_scene(*solid, settings.pictures, size=settings.size, seed=settings.seed)
     raise ValueError(f"{settings.scene!r} is neither a folder nor a solid, such as "
@@ -540,10 +907,8 @@ def read_scene(settings):
 def run(settings):
     """Make the NeRF and the pictures that it learns from, and fit it in a folder of its own."""
     from cli import files
+    from cli.run import say
     from prior import usable
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 500 * (settings.pictures + 8) * settings.size ** 2 > memory:     # bytes, as measured
-        raise MemoryError
     if settings.threads:
         torch.set_num_threads(settings.threads)
     box = settings.box or (1.5 if Path(settings.scene).is_dir() else 1.0)
@@ -551,9 +916,14 @@ def run(settings):
                 kernels=settings.kernels, seed=settings.seed)
     nerf.to(usable(settings.device))
     use_triton(settings.kernels, nerf.table)
-    learnt, held_out = read_scene(settings)
+    learnt, held_out, change = into_box(*read_scene(settings), box)
     name = re.sub(r"[^a-z0-9]+", "-", Path(settings.scene).name.lower()).strip("-") or "scene"
     config = {"program": "nerf.py", "settings": settings.model_dump(mode="json")}
+    if change is not None:
+        config["centre"], config["factor"] = change
+        place = ", ".join(f"{v:.4g}" for v in change[0])
+        say("nerf.py", f"the scene is moved by its centre ({place}) to the origin and scaled by "
+                       f"{change[1]:.4g} into the box of ±{box:g}")
     with ExitStack() as stack:
         fit_in(files.open_folder(stack, settings.out, f"fit-{name}", config), settings, nerf,
                learnt, held_out)

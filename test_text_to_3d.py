@@ -1,4 +1,5 @@
 """Text-to-3D: the Scene's views, prompts and regularisers, its scores; the command."""
+# ruff: noqa: F811 (fixtures are imported by their names)
 import functools
 import math
 from dataclasses import replace
@@ -78,7 +79,7 @@ def test_scene_asks_each_view_for_its_own_prompt():
 
 @pytest.mark.parametrize("changes", [{"sparsity": 3.0}, {"background": "learnt"},
                                      {"background": "random", "opaque": 0.0}])
-def test_views_one_by_one_have_the_gradient_of_all(prior, changes):  # noqa: F811
+def test_views_one_by_one_have_the_gradient_of_all(prior, changes):
     """Eq. 7's, the regulariser's, and φ's, up to rounding."""
     found, cond = [], prior.encode_text(["a mug"])
     method = asd.Method(steps=1, t_min=0.5, t_max=0.5)
@@ -187,7 +188,7 @@ def test_scene_rates():
 
 
 @pytest.fixture
-def cli(model, tmp_path, monkeypatch, coarse, capsys):        # noqa: F811
+def cli(model, tmp_path, monkeypatch, coarse, capsys):
     """cli(*flags) -> (status, stdout, stderr) of a short run of the tiny model."""
     monkeypatch.chdir(tmp_path)
     scene = ["--samples", "4", "--resolution", "4", "8", "--levels", "2", "--table", "8"]
@@ -243,7 +244,7 @@ def test_text_to_3d_command(cli):
 @pytest.mark.parametrize("name, options", [
     ("embedding", {}), ("exact", {}), ("csd", {"negative": "a fox"}), ("nfsd", {}),
     ("bridge", {"source_words": "a fox", "target_words": "a {}"})])
-def test_every_phi_makes_3d(prior, name, options):  # noqa: F811
+def test_every_phi_makes_3d(prior, name, options):
     """One step, by a φ that is made of the prompts of all views, as the command makes it."""
     row = replace(text_to_3d.methods()["vsd"], phi=variants.ALL_PHIS[name], steps=1)
     scene = text_to_3d.Scene(prior, small(), "a mug", rng(4), 1, views=2, samples=8,
@@ -256,9 +257,9 @@ def test_every_phi_makes_3d(prior, name, options):  # noqa: F811
     assert scene.nerf.table.isfinite().all() and not torch.equal(scene.nerf.table, before)
 
 
-def test_a_scene_of_a_prior_in_half_precision(load):  # noqa: F811
+def test_a_scene_of_a_prior_in_half_precision(load):
     """The NeRF, φ and their optimisers stay float32."""
-    prior = load(dtype=torch.bfloat16)  # noqa: F811
+    prior = load(dtype=torch.bfloat16)
     row = replace(text_to_3d.methods()["asd"], steps=1)
     scene = text_to_3d.Scene(prior, small(), "a mug", rng(4), 1, views=1, samples=8,
                              resolution=(4, 4))
@@ -277,7 +278,7 @@ def test_phi_gets_the_prompt_without_the_view(cli, monkeypatch):
     monkeypatch.setattr(asd, "distill", keep)
     assert cli("--steps", 1, "--prompt", "a red ball")[0] == 0
     assert cli("--steps", 1, "--prompt", "a red ball", "--method", "bridge", "--out", "2")[0] == 0
-    (prior, lora), (_, bridge) = made  # noqa: F811
+    (prior, lora), (_, bridge) = made
     assert torch.equal(lora.cond, prior.encode_text(["a red ball"]))
     views = [f"a red ball, {word} view" for word in solids.VIEWS]
     assert torch.equal(bridge.plain, prior.encode_text(views))

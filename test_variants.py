@@ -11,6 +11,7 @@ test_equation checks the pure functions, test_every_wrong_sign_is_noticed that t
 for each sign flipped in them. Oracles: tables, closed forms on the exact prior (a Gaussian mixture
 behind the interface of asd.Prior, float64), and test_distill.py's tiny random pipeline.
 """
+# ruff: noqa: F811 (fixtures are imported by their names)
 import copy
 import math
 from dataclasses import replace
@@ -45,7 +46,7 @@ from test_distill import (  # noqa: F401 (fixtures)
 )
 from test_runs import caller, contents, metrics, model  # noqa: F401 (a fixture)
 from test_runs import one_line as of_a_command
-from tiny import corrective, data
+from tiny import corrective, data, training
 from tiny.corrective import Bias, save_bias
 from variants import (
     CSD,
@@ -58,7 +59,6 @@ from variants import (
     Network,
 )
 
-HERE = Path(asd.__file__).resolve().parent
 guidance, gammas = st.floats(1.1, 100.0), st.floats(-0.9, 10.0)
 ROWS = {**METHODS, "exact": replace(asd.METHODS["vsd"], phi=Exact)}
 
@@ -115,10 +115,8 @@ def bracket(phi, eps_uncond, eps_y, eps, lam, t=None, cond=None, x_t=None):
     cond = torch.ones(len(eps), 1, 1, dtype=torch.float64) if cond is None else cond
     answers = {"uncond": eps_uncond, "y": eps_y}
     if isinstance(phi, (CSD, NFSD)):
-        prompts = phi.prompts(getattr(phi, "step", 0), cond, cond)
-        answers |= asd.ask(phi.prior, [{"y": (x_t, t, cond)} | {
-            name: (x_t, t, prompt) for name, prompt in prompts.items()}])[0]
-        answers["y"] = eps_y
+        for name, prompt in phi.prompts(getattr(phi, "step", 0), cond, cond).items():
+            answers[name] = phi.prior.eps(x_t, t, prompt)
     return asd.generator_grad(eps_uncond, eps_y, phi(x_t, t, cond, eps, None, answers), lam)
 
 
@@ -127,14 +125,14 @@ def table(row, *tensors):
     return sum(c * tensor for c, tensor in zip(row, tensors))
 
 
-def make_state(prior, method, generator=None, seed=0, options=None):  # noqa: F811
+def make_state(prior, method, generator=None, seed=0, options=None):
     random = rng(seed)
     generator = generator(random) if generator else Latents(prior, 2, random)
     phi = asd.make_phi(method, prior, PROMPT, **(options or {}))
     return State(generator, phi, method, random)
 
 
-def go(prior, method, state=None, micro_batch=None, **kwargs):  # noqa: F811
+def go(prior, method, state=None, micro_batch=None, **kwargs):
     state = state or make_state(prior, method, **kwargs)
     asd.distill(prior, state.generator, prior.encode_text([PROMPT]), method, state=state,
                 micro_batch=micro_batch)
@@ -217,8 +215,8 @@ def check_mean_noise(function):
     alike = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
     for h in (0.0, 0.7):
         for mask in (None, alike):
-            expected = [particle_eps(x_t[i], particles[mask[i]] if mask is not None else particles,
-                                     *levels[i], h) for i in range(3)]
+            rows = torch.ones(3, 5, dtype=torch.bool) if mask is None else mask
+            expected = [particle_eps(x_t[i], particles[rows[i]], *levels[i], h) for i in range(3)]
             close(function(*shaped, alpha_t, sigma_t, mask, h).flatten(1), torch.stack(expected))
 
 
@@ -274,7 +272,7 @@ def test_csd_row(shape, seed, lam, step):
 def test_csd_is_eps_y_by_default():
     eps_y, eps_uncond, eps = noise(0, (2, 1, 3, 3), 3)
     phi = CSD(ScriptedPrior([eps_uncond]), [], 7.5, 10)
-    close(phi(eps, None, None, eps, None, eps_uncond, eps_y), eps_y)
+    close(phi(eps, None, None, eps, None, {"uncond": eps_uncond, "y": eps_y}), eps_y)
 
 
 def test_csd_has_no_gradient_at_lam_1():
@@ -287,12 +285,7 @@ def test_nfsd_row(shape, seed, lam):
     """λ(ε_y − ε_∅) + δ_D: δ_D is ε_∅ for t < 200 and ε_∅ − ε_neg above, picture by picture."""
     shape = (4, *shape[1:])
     eps_y, eps_neg, eps_uncond, eps = tensors = noise(seed, shape, 4)
-
-    class Answers(Said):
-        def eps(self, x_t, t, cond):
-            assert (cond == 1).all()
-            return eps_neg
-    phi = NFSD(Answers([eps_uncond], ["bad"]), [], "bad")
+    phi = NFSD(ScriptedPrior([eps_uncond, eps_neg], ["bad"]), [], "bad")
     got = bracket(phi, eps_uncond, eps_y, eps, lam, torch.tensor([0, 199, 200, 999]))
     close(got[:2], table((lam, 0, 1 - lam, 0), *tensors)[:2])
     close(got[2:], table((lam, -1, 1 - lam, 0), *tensors)[2:])
@@ -302,36 +295,34 @@ def test_nfsd_row(shape, seed, lam):
 def test_bridge_rows(shape, seed, lam):
     """Stage 1 is SDS; stage 2 is λ(ε_tgt − ε_src), also at λ = 1, where guidance asks for no ∅."""
     eps_y, eps_uncond, source, target, eps = noise(seed, shape, 5)
-    says = ScriptedPrior([eps_uncond, eps_y, source, target], ["y", "real", "painted"])
-    phi = Bridge(says, ["y"], lam, 10, "painted", "real", bridge_start=0.5)
-    says.says[2:] = target, source                     # in the order of the words
-    y, null = says.encode_text(["y"] * len(eps)), says.encode_text([""])
-    _, (_, _, told) = phi.asks(4, eps, 0, y, null, lam)
-    assert told is y
+    prior = ScriptedPrior([eps_uncond, eps_y, target, source], ["y", "real", "painted"])
+    phi = Bridge(prior, ["y"], lam, 10, "painted", "real", bridge_start=0.5)
+    y, null = prior.encode_text(["y"] * len(eps)), prior.encode_text([""])
+    assert phi.prompts(4, y, null) == {}
     close(bracket(phi, eps_uncond, eps_y, eps, lam),
           table((lam, 0, 1 - lam, -1), eps_y, 0, eps_uncond, eps))
-    (_, _, base), (_, _, y) = phi.asks(5, eps, 0, y, null, lam)
-    assert (y == 2).all() and (base == 3).all()
-    close(bracket(phi, source, target, eps, lam, cond=y), lam * (target - source))
+    prompts = phi.prompts(5, y, null)
+    assert (prompts["y"] == 2).all() and (prompts["uncond"] == 3).all()
+    close(bracket(phi, source, target, eps, lam, cond=prompts["y"]), lam * (target - source))
 
 
 @given(shapes, seeds, guidance)
 def test_lmc_row(shape, seed, lam):
     """λ(ε_y − ε_∅) + (α/σ)(b_k(x0, t) − x̂0); where b_k = x0, it is SDS's row."""
     eps_y, eps_uncond, eps, x0, b = noise(seed, shape, 5)
-    says, t = ScriptedPrior([eps_uncond]), torch.full((len(eps),), 300)
-    alpha_t, sigma_t = says.alpha_sigma(t)
+    prior, t = ScriptedPrior([eps_uncond]), torch.full((len(eps),), 300)
+    alpha_t, sigma_t = prior.alpha_sigma(t)
     x_t = asd.add_noise(x0, eps, alpha_t, sigma_t)
-    phi = lmc(says, lambda x, t: b)
+    phi = lmc(prior, lambda x, t: b)
     expected = lam * (eps_y - eps_uncond) \
         + alpha_t / sigma_t * (b - (x_t - sigma_t * eps_uncond) / alpha_t)
     close(bracket(phi, eps_uncond, eps_y, eps, lam, t, x_t=x_t), expected)
-    phi = lmc(says, lambda x, t: x)
+    phi = lmc(prior, lambda x, t: x)
     close(bracket(phi, eps_uncond, eps_y, eps, lam, t, x_t=x_t),
           table((lam, 0, 1 - lam, -1), eps_y, 0, eps_uncond, eps))
 
 
-def lmc(prior, b_k):  # noqa: F811
+def lmc(prior, b_k):
     """The φ of LMC-SDS with this function for its network."""
     phi = Corrective.__new__(Corrective)
     NoisePhi.__init__(phi)
@@ -352,60 +343,64 @@ def test_bridge_of_two_gaussians_is_the_known_one():
     means = torch.tensor([[0.0, 0.0], [2.0, -1.0], [-1.0, 1.0]])
     exact = ExactPrior(GaussianMixture(means, [0.5] * 3, labels=range(3)), steps=4096,
                        words=["y", "painted", "real"])
-    phi = Bridge(exact, ["y"], 3.0, 10, "painted", "real", bridge_steps=400)
+    phi = Bridge(exact, ["y"], 3.0, 10, "painted", "real", bridge_steps=200)
     x_t, t = randn(3, 2, 1, 1, generator=rng()), torch.tensor([3900, 2000, 400])
-    (_, _, base), (_, _, y) = phi.asks(0, x_t, t, exact.encode_text(["y"] * 3), None, 3.0)
-    grad = bracket(phi, exact.eps(x_t, t, base), exact.eps(x_t, t, y), x_t, 3.0, t, y)
+    prompts = phi.prompts(0, exact.encode_text(["y"] * 3), None)
+    eps_source, eps_target = (exact.eps(x_t, t, prompts[name]) for name in ("uncond", "y"))
+    grad = bracket(phi, eps_source, eps_target, x_t, 3.0, t, prompts["y"])
     a, s = exact.alpha_sigma(t)
     shift = (means[1] - means[2]).view(2, 1, 1) * (1 - 0.5 * a / (0.25 * a ** 2 + s ** 2) ** 0.5)
-    torch.testing.assert_close(grad, 3 * a / s * shift, rtol=0.02, atol=0.01)
+    torch.testing.assert_close(grad, 3 * a / s * shift, rtol=0.04, atol=0.02)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("lam", [1.0, 40.0])
-def test_bridge_from_a_thing_to_itself_is_zero(prior, steps, lam):  # noqa: F811
+def test_bridge_from_a_thing_to_itself_is_zero(prior, steps, lam):
     method = replace(METHODS["bridge"], steps=2, lam=lam)
-    words = {"source_words": "a blue fox", "target_words": "a blue fox", "bridge_steps": steps}
-    state = make_state(prior, method, words=words)
+    options = {"source_words": "a blue fox", "target_words": "a blue fox", "bridge_steps": steps}
+    state = make_state(prior, method, options=options)
     before, norms = state.generator.theta.detach().clone(), []
     asd.distill(prior, state.generator, prior.encode_text([PROMPT]), method, state=state,
-                callback=lambda state, terms: norms.append(terms["loss_G"]))
+                callback=lambda state, terms: norms.append(terms["grad_norm"]))
     assert max(norms) < 1e-3
     if steps == 1:
         assert norms == [0, 0] and torch.equal(before, state.generator.theta)
 
 
-def test_bridge_asks_for_the_words_beside_each_prompt(prior):  # noqa: F811
-    """Stage 2 of the loop against the prior asked by hand; rows are found in any order."""
+def test_bridge_asks_for_the_words_beside_each_prompt(prior):
+    """Stage 2 against the prompts spelt out; a prompt is found in any order."""
     phi = Bridge(prior, [PROMPT, "a blue fox"], 40.0, 10, "painting", "a photo of {}")
     y = prior.encode_text(["a blue fox", PROMPT, "a blue fox"])
-    (_, _, base), (_, _, told) = phi.asks(0, None, None, y, None, 40.0)
-    for got, phrase in ((told, "a photo of {}"), (base, "{}, painting")):
-        expected = prior.encode_text([phrase.format(p) for p in ("a blue fox", PROMPT)])
-        torch.testing.assert_close(got, expected[[0, 1, 0]])
+    prompts = phi.prompts(0, y, None)
+    for name, phrase in (("y", "a photo of {}"), ("uncond", "{}, painting")):
+        expected = prior.encode_text([phrase.format(text) for text in ("a blue fox", PROMPT)])
+        torch.testing.assert_close(prompts[name], expected[[0, 1, 0]])
     with pytest.raises(ValueError, match="asked for a prompt"):
-        phi.asks(0, None, None, prior.encode_text(["a red red fox"]), None, 40.0)
+        phi.prompts(0, prior.encode_text(["a red red fox"]), None)
 
 
-def test_bridge_solves_the_odes_of_each_prompt(prior):  # noqa: F811
-    x_t, t, prompts = torch.randn(2, *prior.shape, generator=rng()), torch.tensor([800, 300]), \
-        ["a blue fox", PROMPT]
+def test_bridge_solves_the_odes_of_each_prompt(prior):
+    """Of a batch of two prompts as of each alone."""
+    x_t, t = torch.randn(2, *prior.shape, generator=rng()), torch.tensor([800, 300])
+    texts = ["a blue fox", PROMPT]
 
-    def answer(known, part):
-        phi, y = Bridge(prior, known, 3.0, 10, "painting", "new {}", 2), prompts[part]
-        asked = phi.asks(10, x_t[part], t[part], prior.encode_text(y), None, 3.0)
-        return phi(x_t[part], t[part], asked[1][2], None, None, *asd.ask(prior, asked))
-    whole = answer(prompts[::-1], slice(2))
+    def eps_phi(known, part):
+        phi = Bridge(prior, known, 3.0, 10, "painting", "new {}", 2)
+        prompts = phi.prompts(10, prior.encode_text(texts[part]), None)
+        questions = {name: (x_t[part], t[part], cond) for name, cond in prompts.items()}
+        answers = asd.ask(prior, [questions])[0]
+        return phi(x_t[part], t[part], prompts["y"], None, None, answers)
+    whole = eps_phi(texts[::-1], slice(2))
     for i in range(2):
-        torch.testing.assert_close(answer([prompts[i]], slice(i, i + 1)), whole[i:i + 1],
+        torch.testing.assert_close(eps_phi([texts[i]], slice(i, i + 1)), whole[i:i + 1],
                                    rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("words, first", [
+@pytest.mark.parametrize("options, first", [
     ({}, 5), ({"target_words": "x"}, 5), ({"source_words": "x"}, 0), ({"bridge_start": 0.37}, 4),
     ({"source_words": "x", "bridge_start": 1.0}, 10)])
-def test_bridge_begins(prior, words, first):  # noqa: F811
-    assert Bridge(prior, [PROMPT], 40.0, 10, **words).first == first
+def test_bridge_begins(prior, options, first):
+    assert Bridge(prior, [PROMPT], 40.0, 10, **options).first == first
 
 
 def test_words_are_put_around_the_prompt_or_after_it():
@@ -429,7 +424,7 @@ class Linear(nn.Module):
         return self.a[i] * x0 + self.c[i]
 
 
-def closed_form(prior, x0, t, mean, std):  # noqa: F811
+def closed_form(prior, x0, t, mean, std):
     """E[x̂0 | x0, t] = m + κ(x0 − m), κ = α²s²/(α²s² + σ²): the prior N(m, s²) is known."""
     alpha_t, sigma_t = prior.alpha_sigma(t)
     kappa = (alpha_t * std) ** 2 / ((alpha_t * std) ** 2 + sigma_t ** 2)
@@ -437,16 +432,17 @@ def closed_form(prior, x0, t, mean, std):  # noqa: F811
 
 
 def train(network, exact, levels, mean, std, steps, lr, batch=32):
+    """Train a corrective on pictures of an exact Gaussian prior. -> the network"""
     g, null = rng(), exact.encode_text([""])
     dtype = next(network.parameters()).dtype
     optimizer = torch.optim.Adam(network.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        x0, eps = (randn(batch, *exact.shape, generator=g).to(dtype) for _ in range(2))
+        x0, eps = randn(2, batch, *exact.shape, generator=g).to(dtype)
         t = torch.tensor(levels)[torch.randint(len(levels), (batch,), generator=g)]
         x0 = mean + std * x0
-        told = variants.estimate(exact, x0, t, eps, null.expand(batch, -1, -1))
-        loss, _ = corrective.losses(network, x0, t, *told)
+        x0_hat, *levels_t = variants.estimate(exact, x0, t, eps, null.expand(batch, -1, -1))
+        loss, _ = corrective.losses(network, x0, t, x0_hat, *levels_t)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -455,8 +451,11 @@ def train(network, exact, levels, mean, std, steps, lr, batch=32):
 
 
 def test_lmc_corrective_learns_the_closed_form_and_unbiases_the_projection():
-    """A linear b_k on the exact Gaussian prior. At data x0 the corrected projection gradient is 0
-    on average (over ε and −ε: exactly, as x̂0 is linear), SDS's pulls to the prior's mean."""
+    """A linear b_k on the exact Gaussian prior.
+
+    At data x0 the corrected projection gradient is 0 on average (over ε and −ε: exactly, as x̂0 is
+    linear), SDS's pulls to the prior's mean.
+    """
     exact, levels, mean, std = gaussian(1.0, 0.8, dim=16), [100, 400, 700, 950], 1.0, 0.8
     b = train(Linear(levels), exact, levels, mean, std, 600, 0.1, 64)
     x0 = mean + std * randn(4, *exact.shape, generator=rng(5))
@@ -468,10 +467,11 @@ def test_lmc_corrective_learns_the_closed_form_and_unbiases_the_projection():
 
     def projection(phi):
         total, null = 0.0, exact.encode_text([""] * 4)
-        for added in (eps, -eps):
-            x_t = asd.add_noise(x0, added, alpha_t, sigma_t)
+        for noise_added in (eps, -eps):
+            x_t = asd.add_noise(x0, noise_added, alpha_t, sigma_t)
             eps_uncond = exact.eps(x_t, t, null)
-            total += (eps_uncond - phi(x_t, t, null, added, None, eps_uncond, eps_uncond)) / 2
+            answers = {"uncond": eps_uncond, "y": eps_uncond}
+            total += (eps_uncond - phi(x_t, t, null, noise_added, None, answers)) / 2
         return total
     best = lmc(exact, lambda x0, t: closed_form(exact, x0, t, mean, std))
     close(projection(best), 0.0)
@@ -486,20 +486,20 @@ def test_lmc_network_learns_the_closed_form():
     """The small U-Net itself, in float32: most of the blur is found, at each of two levels."""
     exact, levels, std = gaussian(0.0, 1.0, dim=128, shape=(2, 8, 8)), [400, 800], 1.0
     torch.manual_seed(0)
-    network = train(Bias(2, 8), exact, levels, 0.0, std, 150, 5e-3)
+    network = train(Bias(2, 8), exact, levels, 0.0, std, 80, 1e-2)
     x0 = std * randn(16, *exact.shape, generator=rng(9)).float()
     for level in levels:
         t = torch.full((16,), level)
         with torch.no_grad():
             right = closed_form(exact, x0, t, 0.0, std)
-            assert (network(x0, t) - right).norm() < 0.25 * (x0 - right).norm(), level
+            assert (network(x0, t) - right).norm() < 0.35 * (x0 - right).norm(), level
 
 
-def test_lmc_untrained_is_sds(prior, untrained):  # noqa: F811
-    ends = [go(prior, replace(METHODS[name] if name == "lmc" else asd.METHODS["sds"], steps=1,
-                              lam=2.0), options=options_of(name, untrained)).generator.theta.grad
-            for name in ("lmc", "sds")]
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+def test_lmc_untrained_is_sds(prior, untrained):
+    sds = go(prior, replace(asd.METHODS["sds"], steps=1, lam=2.0))
+    lmc = go(prior, replace(METHODS["lmc"], steps=1), options={"corrective": untrained})
+    torch.testing.assert_close(sds.generator.theta.grad, lmc.generator.theta.grad,
+                               rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (7.0, -3.0)])
@@ -515,19 +515,19 @@ def test_lmc_network_follows_brightness_and_contrast(scale, shift):
                                rtol=1e-3, atol=1e-3)
 
 
-def test_lmc_files_that_do_not_fit_are_one_line(prior, tmp_path, untrained, monkeypatch):  # noqa: F811
-    for content, part in ((None, "is not there"), (b"nothing", "is no corrective")):
-        path = tmp_path / "b.safetensors"
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises((ValueError, FileNotFoundError), match=part):
-            corrective.load_bias(prior, path)
+def test_lmc_files_that_do_not_fit_are_one_line(prior, tmp_path):
+    path = tmp_path / "b.safetensors"
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        corrective.load_bias(prior, path)
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is no corrective"):
+        corrective.load_bias(prior, path)
     save_bias(Bias(3), path)
     with pytest.raises(ValueError, match="is no corrective.*size mismatch for unet.conv_in"):
         corrective.load_bias(prior, path)
 
 
-def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):  # noqa: F811
+def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):
     """It is told by its UNet's weights, in any dtype, and the command that makes it is named."""
     monkeypatch.setattr(corrective, "OWN", tmp_path / "own.safetensors")
     own = corrective.fingerprint(*prior.network.parameters())
@@ -536,8 +536,8 @@ def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):  # noqa
         corrective.load_bias(prior)
     save_bias(Bias(4), corrective.OWN, model="epsilon", unet=own)
     assert corrective.load_bias(prior)
-    for whose, part in (("tiny-sd", "for tiny-sd, not for this epsilon"), ("epsilon", "another")):
-        save_bias(Bias(4), corrective.OWN, model=whose, unet="0")
+    for name, part in (("tiny-sd", "for tiny-sd, not for this epsilon"), ("epsilon", "another")):
+        save_bias(Bias(4), corrective.OWN, model=name, unet="0")
         with pytest.raises(ValueError, match=part):
             corrective.load_bias(prior)
     monkeypatch.setattr(prior, "name", "tiny-sd")
@@ -545,11 +545,11 @@ def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):  # noqa
         corrective.load_bias(prior)
 
 
-def test_shipped_corrective_is_small_and_of_the_shipped_weights():
-    if not (corrective.OWN).exists():
+def test_shipped_corrective_is_small_and_of_the_shipped_weights(request):
+    if not corrective.OWN.exists():
         pytest.skip(f"{corrective.OWN} is not here")
-    assert (corrective.OWN).stat().st_size < 2e6
-    assert corrective.load_bias(asd.Prior.from_pretrained("tiny-sd", "cpu"))
+    assert corrective.OWN.stat().st_size < 2e6
+    assert corrective.load_bias(request.getfixturevalue("tiny"))
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0, 3.0])
@@ -565,36 +565,33 @@ def test_ddim_samples_follow_the_guided_ode(lam):
     close(ddim_samples(exact, texts, x_T, 7, lam), expected)
 
 
-def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
     """The command; the same command goes on; pictures come from the prior or from a folder."""
     monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(training, "leave_a_core", lambda: None)    # it takes all cores but one
     Path("prompts").write_text("a red apple\na blue fox\n")
     flags = ["train-corrective", "--model", model, "--samples", "3", "--ddim", "2", "--batch", "2",
-             "--minutes", "0.005", "--out", "made/b.safetensors"]
+             "--minutes", "0.003", "--out", "made/b.safetensors"]
     assert variants.main(flags) == 0
     assert capsys.readouterr().out == "made/b.safetensors\n"
-    made = contents("data")
+    made, sample = contents("data"), variants.ddim_samples
     monkeypatch.setattr(variants, "ddim_samples", None)            # no sample is made again
     assert variants.main(flags) == 0 and contents("data").keys() == made.keys()
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "DATA", tmp_path / "data")
-    status, _, err = cli("--method", "lmc", "--corrective", "made/b.safetensors", "--model", model)
+    monkeypatch.setattr(variants, "ddim_samples", sample)
+    status, _, err = cli("--method", "lmc", "--corrective", "made/b.safetensors", "--steps", 1)
     assert status == 0, err
     assert variants.main([*flags, "--prompts", "prompts"]) == 0
-    (tmp_path / "pictures").mkdir()
+    Path("pictures").mkdir()
     assert variants.main([*flags, "--images", "pictures"]) == 2
     assert "no folder with pictures" in capsys.readouterr().err
-    (tmp_path / "pictures/a.png").write_bytes(Path("run/final.png").read_bytes())
+    Path("pictures/a.png").write_bytes(Path("run/final.png").read_bytes())
     assert variants.main([*flags, "--images", "pictures"]) == 0
     assert len(list(Path("data").glob("*samples*"))) == 2
-    assert variants.main([*flags, "--images", "nowhere"]) == 2
-    assert len(list(Path("data").glob("*.checkpoint.*"))) == 3    # of its own for each
+    assert len(list(Path("data").glob("*.checkpoint.*"))) == 3    # each has its own
     Path("prompts").write_text("a blue fox\n")
-    assert variants.main([*flags, "--prompts", "prompts"]) == 0
+    assert variants.main([*flags, "--prompts", "prompts", "--lr", "1e-3"]) == 0
     assert len(list(Path("data").glob("*samples*"))) == 3
-    assert variants.main([*flags, "--lr", "1e-3"]) == 0
-    assert len(list(Path("data").glob("*.checkpoint.*"))) == 5
+    assert len(list(Path("data").glob("*.checkpoint.*"))) == 4
 
 
 @pytest.mark.parametrize("flags, part", [
@@ -603,7 +600,7 @@ def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
     (["--out", "/dev/null"], "no corrective"), (["--out", "", "--model", "some/sd"], "needs an"),
     (["--out", None, "--model", "some/sd"], "needs an --out FILE"),
     (["--prompts", "binary"], "not UTF-8"), (["--prompts", "empty"], "holds no prompt")])
-def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, capsys,  # noqa: F811
+def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, capsys,
                                               flags, part):
     """… before anything is sampled or trained."""
     monkeypatch.chdir(tmp_path)
@@ -612,10 +609,13 @@ def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, caps
     Path("binary").write_bytes(b"\xff\xfe")
     Path("empty").write_text("\n \n")
     given = {"--model": model, "--out": "b", "--device": "cpu"} | dict(zip(flags[::2], flags[1::2]))
-    status = variants.main(["train-corrective", *(
-        word for pair in given.items() if pair[1] is not None for word in pair)])
+    words = ["train-corrective"]
+    for name, value in given.items():
+        if value is not None:
+            words += [name, value]
+    assert variants.main(words) == 2
     err = capsys.readouterr().err
-    assert status == 2 and err.startswith("variants.py: ") and err.count("\n") == 1 and part in err
+    assert err.startswith("variants.py: ") and err.count("\n") == 1 and part in err
 
 
 # ------------------------------------------------------------------------------ exact φ in detail
@@ -623,21 +623,23 @@ def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, caps
 def test_exact_is_vsd_at_lam_eff(seed, count, gamma, lam, bandwidth):
     """ASD's bracket with the exact φ is 1/(1 + γ) times VSD's at λ_eff = 1 + (1 + γ)(λ − 1)."""
     eps_uncond, eps_y, eps, x0 = noise(seed, (count, 2, 3, 3), 4)
-    says, t = ScriptedPrior([eps_uncond]), torch.randint(20, 980, (count,), generator=rng(seed))
-    x_t = asd.add_noise(x0, eps, *says.alpha_sigma(t))
-    ours, vsd = (bracket(Exact(says, [], g, bandwidth), eps_uncond, eps_y, eps, guidance, t,
-                         x_t=x_t) for g, guidance in ((gamma, lam),
-                                                      (0.0, 1 + (1 + gamma) * (lam - 1))))
-    close(ours, vsd / (1 + gamma))
+    prior, t = ScriptedPrior([eps_uncond]), torch.randint(20, 980, (count,), generator=rng(seed))
+    x_t = asd.add_noise(x0, eps, *prior.alpha_sigma(t))
+
+    def exact_bracket(gamma, lam):
+        phi = Exact(prior, [], gamma, bandwidth)
+        return bracket(phi, eps_uncond, eps_y, eps, lam, t, x_t=x_t)
+    vsd = exact_bracket(0.0, 1 + (1 + gamma) * (lam - 1))
+    close(exact_bracket(gamma, lam), vsd / (1 + gamma))
 
 
 def test_exact_blurs_its_particles():
     eps_y, eps, x0 = noise(0, (3, 2, 2, 2), 3)
-    says, t = ScriptedPrior([eps_y]), torch.tensor([300, 500, 900])
-    levels, cond = says.alpha_sigma(t), torch.ones(3, 1, 1)
+    prior, t = ScriptedPrior([eps_y]), torch.tensor([300, 500, 900])
+    levels, cond = prior.alpha_sigma(t), torch.ones(3, 1, 1)
     x_t = asd.add_noise(x0, eps, *levels)
     for h in (0.0, 0.7):
-        close(Exact(says, [], 0.0, h)(x_t, t, cond, eps, None, None, eps_y),
+        close(Exact(prior, [], 0.0, h)(x_t, t, cond, eps, None, {"y": eps_y}),
               variants.mean_noise(x_t, x0, *levels, None, h))
 
 
@@ -651,77 +653,87 @@ def test_exact_of_one_particle_is_sds_at_lam_eff(seed, gamma, lam):
 
 
 def test_exact_keeps_prompts_apart():
-    eps_uncond, eps_y, eps = noise(0, (5, 2, 1, 1), 3)
+    eps_y, eps = noise(0, (5, 2, 1, 1), 2)
     t, phi = torch.tensor([100, 500, 900, 950, 700]), Exact(ScriptedPrior([eps]), [], 0.0)
     cond = torch.tensor([1.0, 2, 1, 2, 1]).view(-1, 1, 1)
-    whole = phi(eps, t, cond, eps.flip(0), None, eps_uncond, eps_y)
-    for mine in (cond.flatten() == 1, cond.flatten() == 2):
-        close(phi(eps[mine], t[mine], cond[mine], eps.flip(0)[mine], None, None, eps_y[mine]),
-              whole[mine])
-    assert not torch.allclose(phi(eps, t, 0 * cond, eps.flip(0), None, None, eps_y), whole)
+    whole = phi(eps, t, cond, eps.flip(0), None, {"y": eps_y})
+    for number in (1, 2):
+        rows = cond.flatten() == number
+        part = phi(eps[rows], t[rows], cond[rows], eps.flip(0)[rows], None, {"y": eps_y[rows]})
+        close(part, whole[rows])
+    together = phi(eps, t, 0 * cond, eps.flip(0), None, {"y": eps_y})
+    assert not torch.allclose(together, whole)
 
 
 @pytest.mark.parametrize("gamma", [-1.0, -2.0])
-def test_exact_wants_gamma_above_minus_one(prior, gamma):  # noqa: F811
+def test_exact_wants_gamma_above_minus_one(prior, gamma):
     with pytest.raises(ValueError, match="no.*gamma|--gamma"):
         asd.make_phi(replace(ROWS["exact"], gamma=gamma), prior, PROMPT)
 
 
 def test_exact_spreads_the_particles_of_the_loop():
     """claims/exact.py's experiment through distill(): SDS collapses, an exact φ covers."""
-    exact, ends = ExactPrior(exact_claim.two_rings(), words=["y", "z"]), {}
+    exact, distances = ExactPrior(exact_claim.two_rings(), words=["y", "z"]), {}
 
     class Particles(nn.Module):
         def __init__(self):
             super().__init__()
-            self.theta = nn.Parameter(randn(128, 2, 1, 1, generator=rng()))
+            self.theta = nn.Parameter(randn(96, 2, 1, 1, generator=rng()))
 
         def forward(self):
             return self.theta
-    exact.words = ["", "y", "z"]
     for name, phi, lam, gamma in (("sds", NoisePhi, 1.0, 0.0), ("vsd", Exact, 1.0, 0.0),
                                   ("guided", Exact, 7.5, 0.0), ("asd", Exact, 7.5, -0.9)):
-        method = asd.Method(phi=phi, lam=lam, gamma=gamma, omega="sigma2", t_late=1.0, lr=0.1,
-                            steps=150)
+        method = asd.Method(phi=phi, lam=lam, gamma=gamma, omega="sigma2", t_late=1.0, lr=0.2,
+                            lr_end=0.0, steps=100)
         state = State(Particles(), asd.make_phi(method, exact, "y"), method, rng(1))
-        with exact_claim.one_thread():
-            asd.distill(exact, state.generator, exact.encode_text(["y"]), method, state=state)
-        ends[name] = exact_claim.mmd(state.generator.theta.detach().flatten(1), exact.mixture)
-    assert ends["sds"] > 0.5 and ends["guided"] > 0.3
-    assert ends["vsd"] < 0.2 and ends["asd"] < 0.2, ends
+        asd.distill(exact, state.generator, exact.encode_text(["y"]), method, state=state)
+        distances[name] = exact_claim.mmd(state.generator.theta.detach().flatten(1), exact.mixture)
+    assert distances["sds"] > 0.5 and distances["guided"] > 0.3, distances
+    assert distances["vsd"] < 0.2 and distances["asd"] < 0.2, distances
 
 
 # ------------------------------------------------------------------------------------- the loop
-@pytest.mark.parametrize("name, changes, words, evaluations", [
+@pytest.mark.parametrize("name, changes, options, evaluations", [
     ("csd", {}, {}, (2, 2)), ("csd", {}, {"negative": "a blue fox"}, (2, 3)),
     ("nfsd", {}, {}, (3, 3)),
     ("bridge", {}, {}, (2, 2)), ("bridge", {}, {"bridge_start": 0.0}, (2, 2)),
     ("bridge", {"lam": 1.0}, {"bridge_start": 0.0}, (2, 2)),
     ("bridge", {}, {"bridge_steps": 4}, (2, 8)), ("lmc", {}, {}, (2, 2)),
     ("lmc", {"lam": 1.0}, {}, (1, 1)), ("exact", {}, {}, (2, 2))])
-def test_unet_evaluations_per_particle_and_step(prior, untrained, name, changes, words,  # noqa: F811
-                                                evaluations):
+def test_unet_evaluations_per_particle_and_step(prior, untrained, name, changes,
+                                                options, evaluations):
     method = replace(ROWS[name], steps=2, **changes)
-    state = make_state(prior, method, words=words | options_of(name, untrained))
+    state = make_state(prior, method, options=options | options_of(name, untrained))
     for i, expected in enumerate(evaluations):
         with counted(prior.network) as counts:
             go(prior, replace(method, steps=i + 1), state)
         assert counts["forward"] == 2 * expected and counts["graph"] == 0
 
 
+def busy_options(name, untrained):
+    """Options with which a φ asks for all that it can."""
+    options = options_of(name, untrained)
+    if name == "csd":
+        options |= {"negative": "a blue fox"}
+    if name == "bridge":
+        options |= {"bridge_start": 0.0, "bridge_steps": 2}
+    return options
+
+
 @pytest.mark.parametrize("name", ROWS)
-def test_micro_batches_change_nothing(prior, untrained, name):  # noqa: F811
+def test_micro_batches_change_nothing(prior, untrained, name):
     """An exact φ is always given all particles at once."""
-    method = replace(ROWS[name], steps=2, **({"lam": 1.0} if name == "bridge" else {}))
-    words = options_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
-    words |= {"bridge_start": 0.0, "bridge_steps": 2} if name == "bridge" else {}
-    ends = [go(prior, method, make_state(prior, method, words=words), size).generator.theta
-            for size in (None, 1)]
+    method = replace(ROWS[name], steps=2, lam=1.0 if name == "bridge" else ROWS[name].lam)
+    options, ends = busy_options(name, untrained), []
+    for size in (None, 1):
+        state = go(prior, method, micro_batch=size, options=options)
+        ends.append(state.generator.theta)
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_nothing_is_trained_but_theta(prior, untrained, name):  # noqa: F811
+def test_nothing_is_trained_but_theta(prior, untrained, name):
     before = copy.deepcopy(prior.network.state_dict())
     state = go(prior, replace(ROWS[name], steps=2), options=options_of(name, untrained))
     assert state.opt_phi is None and same(before, prior.network.state_dict())
@@ -733,77 +745,53 @@ def test_nothing_is_trained_but_theta(prior, untrained, name):  # noqa: F811
     pytest.param("cuda", torch.float16, marks=cuda),
     pytest.param("cuda", torch.float32, marks=cuda)])
 @pytest.mark.parametrize("name", ROWS)
-def test_other_devices_and_half_precision(load, untrained, name, device, dtype):  # noqa: F811
+def test_other_devices_and_half_precision(load, untrained, name, device, dtype):
     """One step from the same draws: θ stays float32, and goes where the CPU's float32 sends it."""
-    words = options_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
-    words |= {"bridge_start": 0.0, "bridge_steps": 3} if name == "bridge" else {}
-    method, steps = replace(ROWS[name], steps=1, t_min=0.3), []
-    for where in (("cpu", torch.float32), (device, dtype)):
-        theta = go(load("epsilon", *where), method, words=words).generator.theta
+    method, gradients = replace(ROWS[name], steps=1, t_min=0.3), []
+    for place, kind in (("cpu", torch.float32), (device, dtype)):
+        state = go(load("epsilon", place, kind), method, options=busy_options(name, untrained))
+        theta = state.generator.theta
         assert theta.dtype == theta.grad.dtype == torch.float32
-        steps.append(theta.grad.cpu().flatten())
-    assert nn.functional.cosine_similarity(*steps, dim=0) > 0.99
+        gradients.append(theta.grad.cpu().flatten())
+    assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
 
 
-def recording(phi):
-    """φ that keeps the ε and the t it is given."""
-    phi.seen, forward = [], phi.forward
-
-    def call(x_t, t, cond, eps, *rest):
-        phi.seen.append((t, eps))
-        return forward(x_t, t, cond, eps, *rest)
-    phi.forward = call
-    return phi
-
-
-@pytest.mark.parametrize("fixed", [False, True])
-def test_fixed_noise_is_one_eps_and_many_t(prior, fixed):  # noqa: F811
-    method = replace(asd.METHODS["sds"], steps=3, fixed_noise=fixed)
-    state = make_state(prior, method)
-    recording(state.phi)
-    go(prior, method, state)
-    (t, eps), *others = state.phi.seen
-    assert all(torch.equal(eps, other) == fixed for _, other in others)
-    assert not any(torch.equal(t, other) for other, _ in others)
-    assert ("eps" in tensors(state)) == fixed
-
-
-def network(prior, random):  # noqa: F811
+def network(prior, random):
     return Network(prior, prior.encode_text([PROMPT, "a blue fox"]), random, (8, 16))
 
 
 @pytest.mark.parametrize("name, changes, generator", [
-    ("sds", {"fixed_noise": True}, None), ("sds", {}, network), ("vsd", {}, network),
-    ("lmc", {"fixed_noise": True}, network), ("csd", {}, None), ("bridge", {}, None)])
-def test_n_plus_m_steps_are_n_then_m(prior, untrained, name, changes, generator):  # noqa: F811
-    """Fixed noise, the network's own draws and the φs that know the step: bit for bit."""
-    method = replace((asd.METHODS | METHODS)[name], steps=4, t_late=1.0, **changes)
-    made = None if generator is None else lambda random: generator(prior, random)
-    words = options_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
+    ("vsd", {}, network), ("lmc", {"fixed_noise": True}, network), ("csd", {}, None),
+    ("bridge", {}, None)])
+def test_n_plus_m_steps_are_n_then_m(prior, untrained, name, changes, generator):
+    """Fixed noise, the network's own draws and the φ that know the step: bit for bit."""
+    method = replace((asd.METHODS | METHODS)[name], steps=3, t_late=1.0, **changes)
+    options = options_of(name, untrained) | ({"negative": "a blue fox"} if name == "csd" else {})
 
     def fresh(seed=0):
-        return make_state(prior, method, made, seed, words)
+        made = None if generator is None else lambda random: generator(prior, random)
+        return make_state(prior, method, made, seed, options)
     whole, first, second = fresh(), fresh(), fresh(99)
     go(prior, method, whole)
-    go(prior, replace(method, steps=2), first)
-    load_tensors(second, copy.deepcopy(tensors(first)), 2)
+    go(prior, replace(method, steps=1), first)
+    load_tensors(second, copy.deepcopy(tensors(first)), 1)
     go(prior, method, second)
-    assert second.step == 4 and same(tensors(second), tensors(whole))
+    assert second.step == 3 and same(tensors(second), tensors(whole))
 
 
 # --------------------------------------------------------------------------- the network generator
-def test_network_makes_each_prompt_from_fresh_noise(prior):  # noqa: F811
+def test_network_makes_each_prompt_from_fresh_noise(prior):
     made = network(prior, rng())
-    (x0, cond, camera), (again, _, _) = made(), made()
-    assert x0.shape == (2, *prior.shape) and camera is None and torch.equal(cond, made.cond)
-    assert not torch.allclose(x0, again)
+    samples, again = made(), made()
+    assert samples.x0.shape == (2, *prior.shape) and samples.camera is None
+    assert torch.equal(samples.cond, made.cond) and not torch.allclose(samples.x0, again.x0)
     assert torch.equal(made.images(), made.images())
     before = made.images()
     made.cond = made.cond.flip(0)                             # the prompt reaches the network
     assert not torch.allclose(before, made.images(), atol=1e-4)
 
 
-def test_network_comes_from_the_runs_seed_alone(prior):  # noqa: F811
+def test_network_comes_from_the_runs_seed_alone(prior):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     one, two, other = (network(prior, rng(seed)) for seed in (0, 0, 1))
@@ -813,7 +801,7 @@ def test_network_comes_from_the_runs_seed_alone(prior):  # noqa: F811
     assert not torch.equal(one.unet.conv_in.weight, other.unet.conv_in.weight)
 
 
-def test_network_learns_in_every_weight(prior):  # noqa: F811
+def test_network_learns_in_every_weight(prior):
     method = replace(asd.METHODS["sds"], steps=2)
     state = make_state(prior, method, lambda random: network(prior, random))
     before = copy.deepcopy(dict(state.generator.named_parameters()))
@@ -825,7 +813,7 @@ def test_network_learns_in_every_weight(prior):  # noqa: F811
 
 # ------------------------------------------------------------------------------ the command line
 @pytest.fixture
-def cli(model, tmp_path, monkeypatch, capsys):                                   # noqa: F811
+def cli(model, tmp_path, monkeypatch, capsys):
     """That of variants.py: see test_runs.cli."""
     monkeypatch.chdir(tmp_path)
     return caller(variants.main, model, capsys)
@@ -838,76 +826,38 @@ def one_line(result, *parts):
 @pytest.mark.parametrize("flags", [
     ["--method", "csd", "--negative", "a blue fox"], ["--method", "nfsd"],
     ["--method", "bridge", "--bridge-steps", 2], ["--method", "lmc", "--fixed-noise"],
-    ["--method", "vsd", "--phi", "exact", "--bandwidth", 0.3, "--particles", 2],
-    ["--method", "asd", "--gamma", -0.5, "--phi", "exact"],
+    ["--method", "asd", "--gamma", -0.5, "--phi", "exact", "--bandwidth", 0.3, "--particles", 2],
     ["--method", "vsd", "--generator", "network", "--particles", 2]], ids=lambda flags: flags[1])
-def test_a_run_of_each_method(cli, untrained, flags):  # noqa: F811
-    flags = [*flags, *(["--corrective", untrained] if "lmc" in flags else [])]
-    status, out, err = cli(*flags)
+def test_a_run_of_each_method(cli, untrained, flags):
+    if "lmc" in flags:
+        flags = [*flags, "--corrective", untrained]
+    status, out, err = cli(*flags, "--steps", 2)
     assert status == 0 and out == "run/final.png\n", err
-    assert [row["step"] for row in metrics("run")] == [1, 2, 3]
-    assert all(row["loss_G"] > 0 and math.isfinite(row["loss_G"]) for row in metrics("run"))
+    rows = metrics("run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["grad_norm"] > 0 and math.isfinite(row["grad_norm"]) for row in rows)
 
 
-def test_words_reach_phi(cli, monkeypatch):  # noqa: F811
+def test_words_reach_phi(cli, monkeypatch):
     """Every prompt of the run, and each flag that is given; what is not keeps the φ's default."""
-    monkeypatch.setattr(asd, "distill", lambda *args, state, **kwargs: seen.append(state.phi))
-    seen = []
+    made = []
+    monkeypatch.setattr(asd, "distill", lambda *args, state, **rest: made.append(state.phi))
     cli("--method", "bridge", "--source-words", "old {}", "--target-words", "new {}",
         "--bridge-steps", 3, "--bridge-start", 0.5, "--prompt", "a blue fox", "--lam", 3,
         "--prompt", "a red apple", "--steps", 8, "--out", "one")
     cli("--method", "nfsd", "--negative", "dull", "--out", "two")
     cli("--method", "nfsd", "--out", "three")
-    bridge, mine, default = seen
+    bridge, dull, default = made
     assert bridge.texts == ["old {}", "new {}"] and len(bridge.plain) == 2
     assert (bridge.lam, bridge.ode_steps, bridge.first) == (3, 3, 4)
-    assert (mine.texts, default.texts) == (["dull"], [variants.NFSD_NEGATIVE])
+    assert (dull.texts, default.texts) == (["dull"], [variants.NFSD_NEGATIVE])
 
 
-def test_words_never_seen_are_named(cli):  # noqa: F811
-    assert "has never seen: apple" not in cli("--method", "nfsd")[2]
+def test_words_never_seen_are_named(cli, monkeypatch):
+    """Those of a φ's own prompts, too."""
+    monkeypatch.setattr(asd, "distill", lambda *args, **rest: None)
     assert "seen: zebra\n" in cli("--method", "csd", "--negative", "a zebra", "--out", "one")[2]
     assert "unrealistic" in cli("--method", "nfsd", "--out", "two")[2]
-
-
-@pytest.mark.parametrize("flags", [["--fixed-noise"], ["--generator", "network"]])
-def test_a_resumed_run_is_the_whole_run(cli, flags):  # noqa: F811
-    flags = ["--method", "sds", "--t-late", 1, *flags]
-    cli("--steps", 4, "--out", "whole", *flags)
-    cli("--steps", 2, "--out", "part", *flags)
-    assert cli("--resume", "part", "--steps", 4)[0] == 0
-    one, two = checkpoint("whole"), checkpoint("part")
-    named = [name for name in one if "frame" not in name]
-    assert len(named) > 4 and all(torch.equal(one[name], two[name]) for name in named)
-
-
-def test_a_resumed_run_keeps_every_setting(cli, monkeypatch):
-    """All of a row and more; but how long, where, in what parts and how often saved may change."""
-    cli("--method", "vsd", "--steps", 1, "--device", "auto")
-    before, seen = contents("run"), []
-    others = {"omega": "sigma2", "optimizer": "sgd", "phi_steps": 2, "gamma": 0.25, "seed": 1,
-              "rank": 2, "tokens": 2, "dtype": "bfloat16", "phi": "exact", "particles": 2,
-              "checkpointing": False, "method": "asd", "bandwidth": 1, "generator": "network"}
-    for name, value in (vars(asd.METHODS["vsd"]) | others).items():
-        if name != "steps":
-            flag = "--" + name.replace("_", "-")
-            value = others.get(name, value / 2 if type(value) is float else value)
-            one_line(cli("--resume", "run", flag, *[value] * (value is not False)), f"drop {flag}")
-    assert contents("run") == before
-    monkeypatch.setattr(runs, "run", lambda command, settings, *_: seen.append(settings))
-    may = {"steps": 9, "save_every": 7, "micro_batch": 1, "device": "cpu"}
-    flags = [word for name, value in may.items() for word in ("--" + name.replace("_", "-"), value)]
-    assert cli("--resume", "run", *flags)[0] == 0 and seen[0].items() >= may.items()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_file_that_was_not_written_whole_is_not_there(tmp_path, error):
-    """Ctrl-C, or a full disk, between writing and moving: what was there before stays."""
-    (tmp_path / "a").write_text("before")
-    with pytest.raises(error), export.moved_into(tmp_path / "a") as temporary:
-        temporary.write_text("half")
-        raise error
-    assert contents(tmp_path) == {"a": b"before"}
 
 
 @pytest.mark.parametrize("flags, parts", [
@@ -920,32 +870,32 @@ def test_a_file_that_was_not_written_whole_is_not_there(tmp_path, error):
     (["--method", "asd", "--negative", "blurry"], ["--negative", "csd or nfsd"]),
     (["--method", "csd", "--source-words", "x"], ["--source-words", "bridge"]),
     (["--method", "asd", "--bandwidth", 1], ["--bandwidth", "--phi exact"]),
-    (["--method", "bridge", "--lam-phi", 2], ["--lam-phi", "trained"]),
+    (["--method", "bridge", "--lam-phi", 2], ["--lam-phi", "--phi lora"]),
     (["--method", "bridge", "--bridge-steps", 0], ["--bridge-steps"]),
     (["--method", "lmc", "--corrective", "nowhere.safetensors"], ["nowhere", "train-corrective"]),
     (["--method", "vsd", "--generator", "network", "--pixels"], ["drop --init, --pixels, --real"]),
     (["--method", "vsd", "--generator", "network", "--init", "a.png"], ["--init"])])
-def test_mistake_is_one_line(cli, flags, parts):  # noqa: F811
+def test_mistake_is_one_line(cli, flags, parts):
     one_line(cli(*flags), *parts)
     assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("name", variants.ALL_PHIS)
-def test_no_option_is_swallowed(prior, untrained, name):  # noqa: F811
-    """A φ takes what it takes: a misspelt option is an error where a person makes one."""
+def test_no_option_is_swallowed(prior, untrained, name):
+    """A misspelt option is an error where a person makes a φ."""
     method = replace(ROWS["exact"], phi=variants.ALL_PHIS[name])
     with pytest.raises(TypeError, match="negtive"):
         asd.make_phi(method, prior, PROMPT, negtive="blurry", **options_of(name, untrained))
 
 
-def test_a_phi_takes_one_prompt_or_all(prior):  # noqa: F811
+def test_a_phi_takes_one_prompt_or_all(prior):
     with pytest.raises(ValueError, match="made for its prompts"):
         Bridge(prior, None, 40.0, 4)
     assert len(Bridge(prior, PROMPT, 40.0, 4).plain) == 1
     assert len(Bridge(prior, [PROMPT, "a blue fox"], 40.0, 4).plain) == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@cuda
 def test_a_network_on_cuda_goes_on(cli):
     flags = ["--method", "vsd", "--generator", "network", "--device", "cuda"]
     assert cli(*flags, "--steps", 2)[0] == 0
@@ -953,12 +903,12 @@ def test_a_network_on_cuda_goes_on(cli):
 
 
 # ----------------------------------------------------------------------------------- benchmarks
-@pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(), reason="tiny/sd is not here")
+@needs_tiny_sd
 @pytest.mark.parametrize("name", ["sds", *ROWS])
-def test_time_of_a_step_of_tiny_sd(benchmark, tiny, untrained, name):  # noqa: F811
+def test_time_of_a_step_of_tiny_sd(benchmark, tiny, untrained, name):
     method = replace((asd.METHODS | ROWS)[name], steps=0, t_min=0.25)
-    words = options_of(name, untrained) | ({"bridge_start": 0.0} if name == "bridge" else {})
-    state = make_state(tiny, method, lambda random: Latents(tiny, 1, random), words=words)
+    options = options_of(name, untrained) | ({"bridge_start": 0.0} if name == "bridge" else {})
+    state = make_state(tiny, method, lambda random: Latents(tiny, 1, random), options=options)
 
     def step():
         go(tiny, replace(method, steps=state.step + 1), state)

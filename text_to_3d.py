@@ -168,13 +168,14 @@ SCENE = {name: p.default for name, p in inspect.signature(Scene).parameters.item
          if p.default is not p.empty}
 
 
-# its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (2.1), its
-# opacity term begins after 10000 steps, its background is a network
-PAPER = ("§6: threestudio's VSD setting with λ 7.5, γ −0.5", {
+# its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (--phi-model of
+# SD 2.1), its opacity term begins after 10000 steps, its background is a network
+PAPER = dict.fromkeys(asd.METHODS, ("§6: threestudio's VSD setting with λ 7.5, γ −0.5", {
+         "optimizer": "adamw", "beta2": 0.99, "adam_eps": 1e-15, "coarsest": 16, "width": 64,
          "lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-4, "steps": 25000, "t_late": 0.2, "late": 0.2,
          "views": 1, "samples": 512, "resolution": (64, 512), "elevation": (-10.0, 45.0),
          "overhead": 0.0, "distance": (1.0, 1.5), "fovy": (40.0, 70.0), "background": "learnt",
-         "sparsity": 10.0, "opaque": 0.0, "levels": 16, "table": 19, "finest": 4096})
+         "sparsity": 10.0, "opaque": 0.0, "levels": 16, "table": 19, "finest": 4096}))
 
 
 def methods():
@@ -203,7 +204,7 @@ def build(settings, prior, method, rng, folder, new):
     use_triton(settings.kernels, torch.empty(0, device=prior.device))     # ValueError, if not
     nerf = NeRF(blob=settings.blob, blob_radius=settings.blob_radius, kernels=settings.kernels,
                 seed=settings.seed, levels=settings.levels, size=2 ** settings.table,
-                finest=settings.finest)
+                base=settings.coarsest, finest=settings.finest, width=settings.width)
     scene = Scene(prior, nerf, settings.prompt, rng, method.steps,
                   **{name: getattr(settings, name) for name in SCENE})
     cond = prior.encode_text([settings.prompt])
@@ -245,7 +246,7 @@ def main(argv=None):
         "text_to_3d.py", "Make a 3D object that looks, to a frozen text-to-image diffusion model, "
         "like the prompt (Adversarial Score Distillation).", SceneSettings, methods(),
         variants.ALL_PHIS, asd.CHOICES, build, asd.distill, defaults=SCENE,
-        paper_source=PAPER[0], paper=PAPER[1], prompts=prompts, check=check, measure=measure,
+        paper=PAPER, prompts=prompts, check=check, measure=measure,
         preview=preview, finish=finish), argv)
 
 

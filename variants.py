@@ -283,6 +283,11 @@ METHODS = {
     "bridge": Method(phi=Bridge),                      # its repository: λ = 40 in both stages
     "lmc": Method(phi=Corrective, lam=2.0),
 }
+# what is published for pictures; CSD's settings are of 3D, LMC-SDS's were not found
+BRIDGE_REPOSITORY = ("SDS-Bridge's repository, 2D_experiments", {
+    "lam": 40.0, "omega": "sigma2", "t_late": 1.0, "optimizer": "adamw", "lr": 0.01,
+    "beta2": 0.99, "adam_eps": 1e-15, "steps": 1000})
+PAPER = asd.PAPER | {"nfsd": BRIDGE_REPOSITORY, "bridge": BRIDGE_REPOSITORY}
 
 
 # --------------------------------------------------------------------------- the one-step generator
@@ -474,7 +479,7 @@ def main(argv=None):
         "variants.py", "Make pictures of prompts by the neighbours of Adversarial Score "
         "Distillation. To train what LMC-SDS needs: train-corrective --help.",
         VariantSettings, METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill,
-        default_method=None, check=check, paper_source=asd.PAPER[0], paper=asd.PAPER[1]), words)
+        default_method=None, check=check, paper=PAPER), words)
 
 
 if __name__ == "__main__":

@@ -74,8 +74,7 @@ class Command:
     loop: Callable                # asd.distill
     default_method: str | None = "asd"
     defaults: dict = field(default_factory=dict)          # of settings that are in no row
-    paper: dict = field(default_factory=dict)             # the paper's, for real models
-    paper_source: str = ""
+    paper: dict = field(default_factory=dict)             # {method: (source, settings)}, published
     implied: Callable = nothing   # (flags) -> settings that follow from other flags
     prompts: Callable = prompts_of_pictures
     check: Callable = nothing     # (settings): UserError before anything is loaded
@@ -261,7 +260,8 @@ class Run:
         if settings.dtype != "auto":
             dtype = getattr(torch, settings.dtype)
         self.prior = Prior.from_pretrained(settings.model, usable(settings.device), dtype,
-                                           settings.size, settings.config)
+                                           settings.size, settings.config, settings.lora,
+                                           settings.lora_scale)
         if settings.vae_tiling:
             self.prior.vae.enable_tiling()
         self.weights = files.fingerprint(self.prior)
@@ -322,7 +322,8 @@ class Run:
         files.write_text(self.folder / "metrics.jsonl", "".join(self.metrics_so_far()))
         self.source = "measured on tiny-sd"
         if settings.settings == "paper":
-            self.source = self.command.paper_source
+            none = "none are published, measured on tiny-sd", {}
+            self.source = self.command.paper.get(settings.method, none)[0]
         shown = [f"{key} {getattr(settings, key)}"
                  for key in ("lam", "gamma", "omega", "lr", "phi_lr", "steps")]
         say(name, f"{settings.method}, settings {settings.settings} ({self.source}): "

@@ -81,6 +81,8 @@ class Phi(Settings):
     group: ClassVar[str] = PHI
     phi: Text = flag("what predicts ε_φ")
     phi_lr: Positive = flag("AdamW's learning rate for φ")
+    phi_model: Place | None = flag("a checkpoint for φ's LoRA that is not the prior's, such as one "
+                                   "that predicts v", None)
     phi_steps: Count = flag("updates of φ per update of θ")
     lam_phi: Number = flag("guidance inside φ; 1 is none")
     rank: Count = flag("of the LoRA", 4)
@@ -106,6 +108,8 @@ class Optimiser(Settings):
     lr: Positive = flag("learning rate for θ")
     lr_end: float = flag("the rate falls to this part of --lr", ge=0, le=1e6)
     optimizer: Text = flag("of θ")
+    beta2: Fraction = flag("of Adam, for θ and φ")
+    adam_eps: Positive = flag("of Adam, for θ and φ")
 
 
 class Model(Settings):
@@ -114,6 +118,9 @@ class Model(Settings):
                         "--config", "tiny-sd")
     config: Place | None = flag("of a --model file: a folder of such a model", None)
     size: int | None = flag("pixels of a side (default: the model's own)", None, ge=8, le=8192)
+    lora: Place | None = flag("a LoRA of yours on the model, a folder or a file, as "
+                              "load_lora_weights takes it", None)
+    lora_scale: Number = flag("how much of --lora", 1.0)
     settings: Literal["tiny", "paper"] = flag(
         "whose defaults: tiny, measured on tiny-sd, or paper, for every other model")
     device: Text = flag("cpu, cuda, cuda:1, …; auto is cuda where there is one", "auto")
@@ -169,9 +176,6 @@ class EditSettings(Equation, VariantPhi, Optimiser, Model, Run):
     phi_z: Literal["eq9", "swapped", "both", "eq10", "none"] = flag(
         "how φ_z learns: by Eq. 9, the edit fake and the source real (eq9), swapped, or the source "
         "both; by Eq. 10 on the edit; or no second discriminator")
-    lam_source: Number | None = flag("λ of the source's half of Eq. 11 (default: --lam)")
-    shift: Number = flag("s of FlowEdit and DVRF: the noise of the edit is ε + s(z − z_src)")
-    shift_grows: bool = flag("s grows from 0 to --shift")
     lam_source: Number | None = flag("λ of what is subtracted (default: --lam)", None)
     shift: Number = flag("s: the noise added to the edit is ε + s (z − z_src); 1 is FlowEdit's")
     shift_grows: bool = flag("s grows from 0 to --shift")
@@ -212,7 +216,9 @@ class SceneSettings(Equation, VariantPhi, Optimiser, Model, Run, PromptsFile):
     blob_radius: float = flag("where it ends", 0.5, ge=1e-3, le=1e30)
     levels: int = flag("of the hash grid", 8, ge=1, le=32)
     table: int = flag("log2 of its entries a level", 15, ge=4, le=24)
+    coarsest: int = flag("cells of its coarsest level", 8, ge=1, le=8192)
     finest: int = flag("cells of its finest level", 96, ge=8, le=8192)
+    width: int = flag("of the networks behind it", 32, ge=1, le=4096)
     threshold: Positive = flag("density of the mesh's surface", 10.0)
     kernels: Kernels = flag("auto is Triton on CUDA", "auto")
     may_change: ClassVar[set] = Run.may_change | {"threshold"}
@@ -391,8 +397,9 @@ def row_defaults(command, given):
     values = command.defaults | {name: value for name, value in row.items()
                                  if name in command.settings.model_fields}
     values |= {"method": method, "phi": command.phi_name(method), "settings": column}
-    if column == "paper":
-        values |= command.paper
+    if column == "paper" and method in command.paper:
+        _, published = command.paper[method]
+        values |= published
     return values | command.implied(given)
 
 
