@@ -50,12 +50,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    import cli.start  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
-if Path(__file__).with_name("phi.py").exists():     # not so where this file was copied out alone
+if Path(__file__).resolve().with_name("phi.py").exists():       # not where it was copied out alone
     from phi import EmbeddingPhi, LoRAPhi
     from prior import Latents, Pixels, Prior, UserError  # noqa: F401
 else:
@@ -267,6 +271,26 @@ def learnt_share(eps, fake_phi, fake_y, gamma):
     return (1 + gamma) * ((fake_phi - fake_y) * way).flatten(1).sum(1) / _norm2(way)
 
 
+def perp_neg(eps_uncond, eps_y, eps_others, weights):
+    """Perp-Neg (arXiv 2304.04968): what stands for ε_y in Eq. 2, with prompts as negatives.
+
+    eps_others: K predictions under other prompts, like eps_y; weights [B, K], at most 0. Of a
+    negative only what says nothing about y counts: a picture can be less of a front view without
+    being less of a mug. A sample is one vector. -> like eps_y.
+    """
+    delta_y = eps_y - eps_uncond
+    norm2 = _norm2(delta_y).clamp(min=1e-30)
+    shifted = eps_y
+    for eps_i, w_i in zip(eps_others, weights.unbind(1), strict=True):
+        delta_i = eps_i - eps_uncond
+        # δ_i^⊥ = δ_i − (⟨δ_i, δ_y⟩ / ‖δ_y‖²) δ_y,   δ = ε − ε_∅
+        along = (delta_i * delta_y).flatten(1).sum(1) / norm2
+        delta_perp = delta_i - along.view(-1, 1, 1, 1) * delta_y
+        # ε_∅ + δ_y + Σ_i w_i δ_i^⊥
+        shifted = shifted + w_i.view(-1, 1, 1, 1) * delta_perp
+    return shifted
+
+
 # ω(t) of Eq. 7, by the name the command line uses
 OMEGAS = {
     "sigma2": lambda alpha_t, sigma_t: sigma_t ** 2,             # DreamFusion, the peers' default
@@ -325,12 +349,23 @@ class Method:
     shift: float = 0.0            # of an edit: s of FlowEdit and DVRF, see editing.py
     shift_grows: bool = False     # s grows from 0 to that
 
+    def __post_init__(self):
+        """ValueError for a name that is none of those known."""
+        for name, known in (("omega", OMEGAS), ("optimizer", OPTIMIZERS), ("t_order", T_ORDERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of "
+                                 f"{', '.join(known)}")
 
+
+T_ORDERS = ("random", "descending")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 METHODS = {"sds": Method(phi=NoisePhi), "vsd": Method(gamma=0.0), "asd": Method(gamma=-1.0)}
 # what other models than tiny-sd take, {method: (its source, settings)}; the text names no rates
 PAPER = dict.fromkeys(METHODS, ("§6: ProlificDreamer-2D's, by its README and program", {
     "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "phi_lr": 1e-4, "steps": 500}))
+
+
+ELSEWHERE = "; variants.py has csd, nfsd, bridge, lmc, and editing.py dds, flowedit, dvrf"
 
 
 def find_method(method):
@@ -339,7 +374,7 @@ def find_method(method):
         return method
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or hand "
-                         "over a Method")
+                         f"over a Method{ELSEWHERE}")
     return METHODS[method]
 
 
@@ -349,6 +384,8 @@ def make_phi(method, prior, prompts=None, seed=0, **options):
     prompts: one, or a list of all that the run can ask; None where φ needs none. options: the φ's
     own; TypeError for one that it lacks.
     """
+    if method.phi is None:
+        raise ValueError("no phi.py lies beside this asd.py: hand over a φ, phi=…")
     run = {"seed": seed, "lam": method.lam, "gamma": method.gamma, "steps": method.steps}
     accepted = inspect.signature(method.phi).parameters
     return method.phi(prior, prompts, **{key: run[key] for key in run if key in accepted} | options)
@@ -488,6 +525,8 @@ class Samples(NamedTuple):
     camera: torch.Tensor | None = None          # [B, 16], for φ
     source: torch.Tensor | None = None          # x0 of the source pictures of an edit (Eq. 11)
     source_cond: torch.Tensor | None = None     # z of each sample [B, L, C]
+    others: torch.Tensor | None = None          # Perp-Neg: K other prompts of each [B, K, L, C]
+    other_weights: torch.Tensor | None = None   # … and their weights [B, K]
 
 
 class Draw(NamedTuple):
@@ -513,6 +552,11 @@ class Discriminator:
     at: str = "generated"           # what is noised for Eq. 7
     fake: str = "generated"         # x^g, from which φ learns
     real: str | None = None         # x^r of Eq. 9; None: there are none, Eq. 10
+
+    def __post_init__(self):
+        """ValueError for pictures that there are none of."""
+        for which in {self.at, self.fake, self.real} - {"generated", "source", "real", None}:
+            raise ValueError(f"unknown pictures {which!r}: choose generated, source or real")
 
 
 class State:
@@ -585,8 +629,11 @@ class Branch:
     def questions(self):
         """What the prior is asked at these samples: {name: (x_t, t, cond)}."""
         d, prompts = self.discriminator, {"uncond": self.null, "y": self.y}
-        if self.lam == 1:                               # ε_∅ cancels in Eq. 2
+        if self.lam == 1 and self.samples.others is None:       # ε_∅ cancels in Eq. 2
             del prompts["uncond"]
+        if self.samples.others is not None:
+            for i, cond in enumerate(self.samples.others.unbind(1)):
+                prompts[f"other {i}"] = cond
         if hasattr(self.phi, "prompts"):                # such as a negative prompt
             prompts |= self.phi.prompts(self.step.number, self.y, self.null)
         self.prompt = prompts["y"]
@@ -608,6 +655,9 @@ class Branch:
                                             answers)
         omega = OMEGAS[self.step.method.omega](*self.step.prior.alpha_sigma(t))
         eps_uncond = answers.get("uncond", eps_y)       # at λ = 1 any will do
+        if self.samples.others is not None:
+            eps_others = [answers[f"other {i}"] for i in range(self.samples.others.shape[1])]
+            eps_y = perp_neg(eps_uncond, eps_y, eps_others, self.samples.other_weights)
         return generator_grad(eps_uncond, eps_y, self.eps_phi.detach(), self.lam, omega)
 
     def predict_phi(self, x_t, t, cond, eps, camera, answers=None):
@@ -783,6 +833,9 @@ def one_step(prior, state, cond, method, null, micro_batch=None):
     """Algorithm 1, once. -> {name: number} for the metrics."""
     # x0 = g(θ), and all that is random
     samples, rows, n = make_samples(state.generator, cond)
+    if state.real is not None and state.real.shape[1:] != samples.x0.shape[1:]:
+        raise ValueError(f"real is {list(state.real.shape)}, the generator's x0 "
+                         f"{list(samples.x0.shape)}: real samples are latents, too")
     step = Step(prior, method, state.step, null, n)
     real = None if state.real is None else "real"
     discriminators = [Discriminator(state.phi, samples.cond, method.gamma, method.eta, real=real)]
@@ -894,10 +947,15 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         state = State(generator, phi, method, rng, second, real)
     if state.generator is not generator:
         raise ValueError("the state belongs to another generator")
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several and getattr(state.phi, "whole", False):
         raise ValueError("a φ that compares all samples needs them all in one process")
     null = prior.encode_text([""])
+    if cond.shape[1:] != null.shape[1:]:
+        raise ValueError(f"cond's prompts are {list(cond.shape[1:])}, those of this prior "
+                         f"{list(null.shape[1:])}: another prior has encoded them")
     while state.step < method.steps:
         began = time.perf_counter()
         # losses are float32, and the prior has its own dtype, whatever the caller's autocast says
@@ -938,7 +996,8 @@ def main(argv=None):
     from cli.settings import PictureSettings
     return run.main(run.Command(
         "asd.py", "Pictures that look, to a frozen diffusion model, like the prompt (ASD).",
-        PictureSettings, METHODS, PHIS, CHOICES, build, distill, paper=PAPER), argv)
+        PictureSettings, METHODS, PHIS, CHOICES, build, distill, paper=PAPER,
+        elsewhere=ELSEWHERE), argv)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ F(x_t; y, z) = D(x_t; y) − D(x_t; z). The generator's gradient is Eq. 7 twice:
 | Delta Denoising Score        | editing_grad, ε_φ = ε | test_dds_…                          |
 | 9  for φ_z, η = 0, γ = 1     | second_discriminator  | test_phi_z_…                        |
 | 10 for φ_y, γ = −1           | asd.distill           | test_the_loop_is_eq11               |
+| FlowEdit, DVRF: 11, shifted  | METHODS, asd.Branch   | test_flow_editing.py                |
 
 (As printed, Eq. 11 closes ω's bracket before the second row, a misprint: ω weighs both.) As in the
 paper's §6, D(x_t; z) is shown the source image. The loop is asd.distill, which subtracts `second`;
@@ -68,10 +69,11 @@ class Edit(asd.Method):
 SETTING = {"optimizer": "sgd", "lr": 0.03, "steps": 60, "omega": "sigma2", "t_late": 1.0,
            "t_max_late": 0.98}
 # FlowEdit and DVRF: t falls from a part of T to 0, a step of θ is a step in t, and ω makes Eq. 11 a
-# difference of velocities
+# difference of velocities. λ and where t begins: ours, of fourteen looked at on six edits (the
+# guide's); a larger λ runs into glaring colours
 SAMPLER = {"phi": asd.NoisePhi, "optimizer": "sgd", "lr": 1.0, "omega": "1+sigma/alpha",
-           "t_order": "descending", "t_min": 0.0, "t_max": 0.66, "steps": 33, "lam": 7.5,
-           "lam_source": 1.5}
+           "t_order": "descending", "t_min": 0.0, "t_max": 0.8, "steps": 40, "lam": 2.0,
+           "lam_source": 1.0}
 METHODS = {
     "asd": Edit(**SETTING),
     # Delta Denoising Score: t in 50 … 948 of 1000; ω = 1, lr smaller by the mean of σ², 0.63
@@ -81,7 +83,8 @@ METHODS = {
     "dvrf": Edit(**SAMPLER, shift=1.0, shift_grows=True),
 }
 # of --network: weights, no picture; late t, as for pictures made from noise, washes blotches out
-NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_late": 0.5}
+NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_late": 0.5,
+           "t_order": "random"}
 
 
 # SGD 0.1 of the DDS notebook's loss is 0.0488 of Eq. 11; §6 names no rate for φ
@@ -90,6 +93,13 @@ PAPER = {
     "asd": ("§6: the DDS notebook's, with the paper's γ and η; φ's rate ProlificDreamer-2D's",
             NOTEBOOK | {"phi_lr": 1e-4}),
     "dds": ("the DDS notebook", NOTEBOOK),
+    # on FLUX it takes the last 24 of 28 steps, λ 5.5 and 1.5
+    "flowedit": ("FlowEdit on SD3: the last 33 of 50 steps, λ 13.5 and 3.5 for the source",
+                 {"steps": 33, "t_max": 0.66, "lam": 13.5, "lam_source": 3.5}),
+    # its program makes steps of another size, a hump over the run; here, as FlowEdit's, they are
+    # the steps in t
+    "dvrf": ("DVRF on SD3: 50 steps, λ 16.5 and 6 for the source, s = i/T",
+             {"steps": 50, "t_max": 1.0, "lam": 16.5, "lam_source": 6.0}),
 }
 
 
@@ -98,6 +108,11 @@ def methods(network=False):
     from variants import all_methods
     rows = {name: Edit(**asdict(row) | SETTING) for name, row in all_methods().items()} | METHODS
     return {name: replace(row, **NETWORK) for name, row in rows.items()} if network else rows
+
+
+def lam_of_source(method):
+    """λ of the second discriminator, also for a φ_z that is made for its λ."""
+    return method.lam if method.lam_source is None else method.lam_source
 
 
 def second_discriminator(method, phi_z, z):
@@ -163,7 +178,8 @@ def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callb
         method = replace(method, lr=method.lr * len(images))
     rng = torch.Generator().manual_seed(seed)
     generator = Edited(prior, images, mask)
-    phi, phi_z = (asd.make_phi(method, prior, prompts, seed) for prompts in (targets, sources))
+    phi = asd.make_phi(method, prior, targets, seed)
+    phi_z = asd.make_phi(replace(method, lam=lam_of_source(method)), prior, sources, seed)
     second = second_discriminator(method, phi_z, prior.encode_text(sources))
     state = asd.State(generator, phi, method, rng, second)
     asd.distill(prior, generator, prior.encode_text(targets), state=state, method=method,
@@ -371,7 +387,10 @@ def build(settings, prior, method, rng, folder, new):
     targets, sources = target_prompts(settings), source_prompts(settings)
     y, z = prior.encode_text(targets), prior.encode_text(sources)
     options = phi_options(settings, method.phi)
-    phi, phi_z = method.phi(prior, targets, **options), method.phi(prior, sources, **options)
+    phi = method.phi(prior, targets, **options)
+    if "lam" in options:
+        options["lam"] = lam_of_source(method)
+    phi_z = method.phi(prior, sources, **options)
     if settings.network:
         x0 = source_latents(settings, prior, folder)
         generator = Translator(prior, x0, y, z, settings.batch, rng, settings.seed)

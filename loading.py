@@ -1,7 +1,12 @@
 """loading.py — from files to a diffusers pipeline, and to the layers of a LoRA.
 
+    load_pipeline(path or name, dtype, …)     a diffusers pipeline, every part checked
+    add_lora(pipe, file, scale)               a user's LoRA, as load_lora_weights takes it
+    read_lora(pipe, part, file)               the layers of a LoRA, for φ to start at
+
 prior.py and phi.py look at what comes out; nothing here knows about them. Files are safetensors
-and JSON only. A mistake in a file is a UserError that names it, before memory or minutes are spent.
+and JSON only: nothing is unpickled, and no code of a model's folder is run. A mistake in a file is
+a UserError that names it, before memory or minutes are spent.
 """
 import json
 import math
@@ -27,13 +32,20 @@ def note(text):
 
 
 def one_line(text, length=150):
-    """An error, or any text, as one line of at most `length` characters."""
+    """An error, or any text, as one line of at most `length` characters.
+
+    Libraries' errors run over many lines; what a user needs stands in the first.
+    """
     return " ".join(str(text).split())[:length]
 
 
 @contextmanager
 def quiet():
-    """The libraries' warnings and bars off, and on again as they were."""
+    """The libraries' warnings and bars off, and on again as they were.
+
+    What they would say of a long prompt, an unused weight or a missing package, we say in a line of
+    our own, or it is no news to a user.
+    """
     import diffusers.utils.logging
     import transformers.utils.logging
     libraries = (diffusers.utils.logging, transformers.utils.logging)
@@ -52,7 +64,7 @@ def quiet():
 
 
 def modules_of(pipe):
-    """The networks of a pipeline: {name: module}."""
+    """The networks of a pipeline: {name: module}; not its tokenizers and its scheduler."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
@@ -69,6 +81,8 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None and path.is_symlink() and not path.is_file():
         raise UserError(f"{path} is a link that leads to no file or folder")
+    # in this order: a folder, a file, and only then a name on the hub, the only case that needs the
+    # network
     try:
         import diffusers
         with quiet():
@@ -93,7 +107,10 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
 
 
 def pipeline_class(diffusers, folder, kinds):
-    """(its class, its model_index.json); UserError where it is none of `kinds`."""
+    """(its class, its model_index.json); UserError where it is none of `kinds`.
+
+    The class is looked up in diffusers by a name of our own list: a folder cannot name code to run.
+    """
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     name = index["_class_name"]
     if name not in kinds:
@@ -103,7 +120,10 @@ def pipeline_class(diffusers, folder, kinds):
 
 
 def from_folder(diffusers, folder, dtype, kinds):
-    """The pipeline, each part loaded by its own class, which says what is missing."""
+    """The pipeline, each part loaded by its own class, which says what is missing.
+
+    diffusers itself would fill in missing weights with random ones, and only warn.
+    """
     import transformers
     kind, index = pipeline_class(diffusers, folder, kinds)
     libraries = {"diffusers": diffusers, "transformers": transformers}
@@ -126,6 +146,7 @@ def load_part(kind, folder, dtype):
     """A network of a pipeline. UserError where weights are missing, foreign or of other shapes."""
     files = sorted(folder.glob("*.safetensors"))
     check_numbers(folder / "config.json", files)
+    # a folder may hold several forms of the same weights; diffusers takes one by its variant's name
     variant = only_variant([file.name for file in files])
     try:
         part, found = kind.from_pretrained(
@@ -136,6 +157,7 @@ def load_part(kind, folder, dtype):
             raise
         raise UserError(f"{folder.parent}: the weights of its {folder.name} have other shapes than "
                         "its config.json says") from error
+    # position_ids: a buffer that older versions of transformers saved, and newer ones do not
     wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"])
              if not key.endswith("position_ids")]
     if wrong:
@@ -151,6 +173,7 @@ def only_variant(names):
     """
     variants = set()
     for name in names:
+        # model.fp16-00001-of-00006.safetensors -> model.fp16 -> fp16
         stem = re.sub(r"-\d+-of-\d+", "", name.removesuffix(".safetensors"))
         variants.add(stem.partition(".")[2])
     if not variants or "" in variants:
@@ -159,7 +182,10 @@ def only_variant(names):
 
 
 def count_tensors(files):
-    """How many tensors some safetensors files hold."""
+    """How many tensors some safetensors files hold.
+
+    Only their headers are read, whatever their size.
+    """
     from safetensors import safe_open
     count = 0
     for file in files:
@@ -177,6 +203,7 @@ def check_numbers(file, weights):
     if not file.exists():
         return
     tensors, size = count_tensors(weights), sum(path.stat().st_size for path in weights)
+    # every number in the JSON, however deep, with the name it stands under
     pending = [("", json.loads(file.read_text("utf-8")))]
     while pending:
         name, value = pending.pop()
@@ -205,6 +232,7 @@ def from_file(diffusers, path, dtype, config, kinds):
         raise UserError(f"{path}: of files only .safetensors do, with --config, a diffusers folder "
                         "of the same kind of model (its weights are not needed)")
     kind, _ = pipeline_class(diffusers, Path(config), kinds)
+    # the names of the tensors say what the file is; the tensors are read later, by diffusers
     with safe_open(path, "pt") as file:
         keys, metadata = list(file.keys()), file.metadata() or {}
     for part in Path(config).glob("*/*config.json"):
@@ -233,6 +261,7 @@ def follow_markers(diffusers, pipe, path, keys, metadata):
         if key in keys:
             raise UserError(f"{path} is an EDM model (it holds {key}): only ε, v and flow models "
                             "do")
+    # markers come before metadata: ComfyUI reads them, and trainers write them, for that purpose
     spoken = (metadata.get("modelspec.prediction_type")
               or metadata.get("modelspec.predict_key") or "").lower()
     config, changes = pipe.scheduler.config, {}
@@ -250,7 +279,10 @@ def follow_markers(diffusers, pipe, path, keys, metadata):
 
 
 def lora_file(place):
-    """The file of a LoRA: `place` itself, or what diffusers or peft call it in that folder."""
+    """The file of a LoRA: `place` itself, or what diffusers or peft call it in that folder.
+
+    Or else the only safetensors file there. ValueError where there are several.
+    """
     place = Path(place)
     if not place.is_dir():
         return place
@@ -264,7 +296,10 @@ def lora_file(place):
 
 
 def check_lora(file):
-    """Count the layers that a LoRA's file adapts. ValueError for integers, and NaN or infinity."""
+    """Count the layers that a LoRA's file adapts. ValueError for integers, and NaN or infinity.
+
+    A layer's A is called lora_A by peft and diffusers, lora_down or lora.down by other trainers.
+    """
     from safetensors import safe_open
     layers = 0
     with safe_open(file, "pt") as opened:
@@ -291,6 +326,7 @@ def add_lora(pipe, place, scale=1.0):
     except Exception as error:                   # diffusers', peft's, safetensors' and json's own
         raise UserError(f"{place} cannot be loaded as a LoRA of this model: "
                         f"{one_line(error)}") from error
+    # diffusers leaves out layers that the model lacks without an error: count what arrived
     loaded = 0
     for part in modules_of(pipe).values():
         loaded += sum("lora" in getattr(module, "lora_A", ()) for module in part.modules())
@@ -330,6 +366,7 @@ def read_lora(pipe, part, place):
             reason = "there is no such file or folder"
         raise ValueError(f"{place} holds no LoRA as safetensors that can be read: "
                          f"{reason}") from error
+    # by the layer: A and B of each; α may stand in the file, one number a layer
     downs, ups, left_out = {}, {}, 0
     for key, value in named.items():
         name, _, kind = key.replace(".processor.", ".").rpartition(".lora_")
@@ -347,6 +384,7 @@ def read_lora(pipe, part, place):
         note(f"{place}: its {left_out} layers of the text encoder are left out: φ is the {part}'s")
     if not downs or downs.keys() != ups.keys():
         raise ValueError(f"{place} holds no LoRA of a {part}: no pairs of A and B, at most scales")
+    # the rank of a layer is the number of rows of its A; it may differ between layers
     found = {}
     for name, down in downs.items():
         scale = lora_scale(name, len(down), alphas, config)
@@ -357,8 +395,12 @@ def read_lora(pipe, part, place):
 
 
 def peft_lora(file):
-    """A file of peft's own, with its JSON beside it -> as diffusers_lora."""
+    """A file of peft's own, with its JSON beside it -> as diffusers_lora.
+
+    Without the JSON it says nothing of α: then α = r, a scale of 1.
+    """
     from safetensors.torch import load_file
+    # peft puts its own wrapper's name before the layer's
     named = {key.removeprefix("base_model.model."): value
              for key, value in load_file(file).items()}
     beside = file.with_name("adapter_config.json")
@@ -372,6 +414,7 @@ def diffusers_lora(pipe, part, file):
     The keys are peft's, those of the text encoders begin with text_encoder.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
+    # a UNet's blocks are numbered by its configuration in some trainers' files
     options = {"unet_config": pipe.unet.config} if part == "unet" else {}
     found = pipe.lora_state_dict(str(file), local_files_only=True, use_safetensors=True,
                                  return_lora_metadata=True, **options)
@@ -391,8 +434,10 @@ def diffusers_lora(pipe, part, file):
 
 def lora_scale(name, rank, alphas, config):
     """α/r of a layer, from the file's α, or peft's configuration; 1 where neither says."""
+    # other trainers: an α for each layer, in the file
     if name in alphas:
         return alphas[name] / rank
+    # peft: one α, or one for each pattern of names; rank-stabilised LoRA divides by √r
     alpha = config.get("lora_alpha", rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):

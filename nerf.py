@@ -148,8 +148,9 @@ def composite(sigma, delta, values, kernels="torch"):
 
 # ---------------------------------------------------------------------- the same on CUDA, by Triton
 def use_triton(kernels, tensor):
-    """Whether nerf_kernels.py computes it: "auto" on CUDA where it, and Triton, are. ValueError
-    where "triton" is asked for and cannot be.
+    """Whether nerf_kernels.py computes it: "auto" on CUDA where it, and Triton, are installed.
+
+    ValueError where "triton" is chosen and cannot be.
     """
     if kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels is auto, torch or triton, not {kernels!r}")
@@ -317,7 +318,7 @@ class Picture(NamedTuple):
 
 
 def rays(c2w, fovy_deg, height, width=None):
-    """Origins and unit directions [B, H, W, 3] through the pixels' centres; c2w [B, 4, 4].
+    """Return origins and unit directions [B, H, W, 3] through the pixels' centres; c2w [B, 4, 4].
 
     fovy_deg: the full vertical angle, a number or [B].
     """
@@ -326,7 +327,8 @@ def rays(c2w, fovy_deg, height, width=None):
 
 
 def pinhole(fovy_deg, height, width):
-    """Unit directions [B, H, W, 3] in a camera's own axes, of square pixels; fovy_deg [B]."""
+    """Return unit directions [B, H, W, 3] in a camera's own axes, of square pixels; fovy_deg [B].
+    """
     # at the distance 1 the picture reaches from −tan(fovy/2) to tan(fovy/2), y upwards
     half = torch.deg2rad(fovy_deg / 2).tan()[:, None, None]
     place = lambda n: (2 * torch.arange(n, device=half.device, dtype=half.dtype) + 1) / n - 1
@@ -401,7 +403,7 @@ def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cuto
                    (out[:, 3] + (1 - opacity) * far).view(shape))
 
 
-# ------------------------------------------------------------- lenses, as a transforms.json has them
+# ------------------------------------------------------------ lenses, as a transforms.json has them
 class Lens(NamedTuple):
     """Where a camera images a direction, in pixels of a picture of w × h, v downwards.
 
@@ -426,7 +428,10 @@ class Lens(NamedTuple):
         return central and not self.fisheye and not any(self.k + self.p)
 
     def directions(self, height, width):
-        """Unit directions [height, width, 3] in the camera's axes, through the pixels' centres."""
+        """Return unit directions [height, width, 3] in the camera's axes, through the pixels'
+        centres. ValueError where the distortion has no inverse.
+        """
+        # the width may have been rounded: then the pixels are not square
         if self.is_plain and width * self.h == height * self.w:
             fovy = math.degrees(2 * math.atan(self.h / (2 * self.fl_y)))
             return pinhole(torch.tensor([fovy]), height, width)[0]
@@ -446,7 +451,7 @@ class Lens(NamedTuple):
 
 
 def distort(a, b, k, p):
-    """Brown's model, as OpenCV, COLMAP and nerfstudio have it: a, b of any shape -> a', b'.
+    """Apply Brown's model, as OpenCV, COLMAP, nerfstudio have it: a, b of any shape -> a', b'.
 
     a' = a R + 2 p1 a b + p2 (r² + 2a²),  b' = b R + p1 (r² + 2b²) + 2 p2 a b,
     R = 1 + k1 r² + k2 r⁴ + k3 r⁶ + k4 r⁸. OpenCV's fisheye is the same without p, of r = θ.
@@ -458,7 +463,7 @@ def distort(a, b, k, p):
 
 
 def undistort(a_d, b_d, k, p, steps=50):
-    """The inverse of distort, by Newton's method; float64. ValueError where it has none."""
+    """Invert distort by Newton's method, in float64. ValueError where it has no inverse."""
     a, b = a_d, b_d
     for _ in range(steps):
         found_a, found_b = distort(a, b, k, p)
@@ -476,11 +481,13 @@ def undistort(a_d, b_d, k, p, steps=50):
     # beyond a fold, where ∂(r R)/∂r ≤ 0 on the way, a solution is another point's
     r2 = torch.linspace(0, 1, 256, dtype=a.dtype) * (a * a + b * b).max()
     rising = 1 + r2 * (3 * k[0] + r2 * (5 * k[1] + r2 * (7 * k[2] + r2 * 9 * k[3]))) > 0
-    found = torch.stack(distort(a, b, k, p))
-    error = (found - torch.stack([a_d, b_d])).abs() / (1 + torch.stack([a_d, b_d]).abs())
-    if not (error.max() < 1e-9 and rising.all()):
-        raise ValueError(f"a lens of k1 … k4 = {k}, p1, p2 = {p} folds its picture: the "
-                         "distortion has no inverse at the edge")
+    wanted, found = torch.stack([a_d, b_d]), torch.stack(distort(a, b, k, p))
+    error = ((found - wanted).abs() / (1 + wanted.abs())).max()
+    # no lens makes a picture ten times as large, or as small
+    stretch = (wanted.abs().max() + 1e-9) / (torch.stack([a, b]).abs().max() + 1e-9)
+    if not (error < 1e-9 and rising.all() and 0.1 < stretch < 10):
+        raise ValueError(f"no lens has k1 … k4 = {k}, p1, p2 = {p}: at the picture's edge the "
+                         "distortion has no inverse, or a huge one")
     return a, b
 
 
@@ -494,27 +501,41 @@ def number(fields, name, default=None):
 
 PERSPECTIVE = {"PERSPECTIVE", "SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV"}
 FISHEYE = {"FISHEYE", "OPENCV_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE"}
-# what instant-ngp, COLMAP and others write for cameras that these lenses are not
+# what instant-ngp, COLMAP and others write for cameras that are none of these
 FOREIGN = ("k5", "k6", "s1", "s2", "s3", "s4", "sx1", "sy1", "sk_x", "sk_y", "skew", "latlong",
            "equirectangular", "orthographic", "rolling_shutter", "from_na", "ftheta_p0",
            "ftheta_p1", "ftheta_p2", "ftheta_p3", "ftheta_p4")
 
 
-def read_lens(shared, frame, width, height):
-    """The Lens of a frame whose picture has width × height pixels; its own fields come first.
+def is_fisheye(fields):
+    """Whether the fields describe a fisheye or a pinhole, with its distortion.
 
-    ValueError, with the field's name, for what is no camera or is none of these lenses.
+    ValueError, with the field's name, where they describe a camera that is neither.
     """
-    fields = shared | frame
     model = str(fields.get("camera_model") or "PERSPECTIVE").upper()
     if model not in PERSPECTIVE | FISHEYE:
         raise ValueError(f"camera_model {model} is not known: undistort the pictures, or one of "
                          f"{', '.join(sorted(PERSPECTIVE | FISHEYE))}")
     fisheye = model in FISHEYE or bool(fields.get("is_fisheye"))
-    for name in FOREIGN + (("p1", "p2") if fisheye else ("k4",)):
+    # OpenCV's fisheye has no tangential part; the k4 of its pinhole is a denominator's
+    unused = ("p1", "p2") if fisheye else ("k4",)
+    for name in FOREIGN + unused:
         value = fields.get(name)
-        if any(value) if isinstance(value, list) else value:
-            raise ValueError(f"{name} is {value}: such lenses are not known, undistort the pictures")
+        if value and value not in ([0], [0, 0], [0, 0, 0], [0, 0, 0, 0]):
+            raise ValueError(f"{name} is {value}: no lens of that kind is known, undistort the "
+                             "pictures")
+    return fisheye
+
+
+def read_lens(shared, frame, width, height):
+    """Return the Lens of a frame whose picture has width × height pixels.
+
+    The frame's own fields come before those that the file has for all. ValueError, with the
+    field's name, for what no camera has.
+    """
+    # null in a frame is no field of its own
+    fields = shared | {name: value for name, value in frame.items() if value is not None}
+    fisheye = is_fisheye(fields)
     # lengths are in pixels of w × h, of which the picture may be a smaller copy
     w, h = number(fields, "w", width), number(fields, "h", height)
     if fields.get("h") is None:
@@ -522,55 +543,60 @@ def read_lens(shared, frame, width, height):
     elif fields.get("w") is None:
         w = h * width / height
     if not (w >= 1 and h >= 1 and abs(width * h - height * w) <= max(w, h)):
-        raise ValueError(f"the picture has {width} × {height} pixels, but w, h are "
-                         f"{w:g}, {h:g}")
-    k = tuple(number(fields, name, 0.0) for name in ("k1", "k2", "k3", "k4"))
-    p = tuple(number(fields, name, 0.0) for name in ("p1", "p2"))
+        raise ValueError(f"the picture has {width} × {height} pixels, but w, h are {w:g}, {h:g}")
     cx, cy = number(fields, "cx", w / 2), number(fields, "cy", h / 2)
     if not (-w <= cx <= 2 * w and -h <= cy <= 2 * h):
         raise ValueError(f"cx, cy are {cx:g}, {cy:g}: far outside a picture of {w:g} × {h:g}")
+    k = tuple(number(fields, name, 0.0) for name in ("k1", "k2", "k3", "k4"))
+    p = tuple(number(fields, name, 0.0) for name in ("p1", "p2"))
+    # a frame that has a focal length, or an angle, has nothing of those from the file
     own = any(frame.get(name) is not None for pair in FOCAL for name in pair)
     fl_x, fl_y = focal_lengths(frame if own else shared, w, h, fisheye)
     return Lens(w, h, fl_x, fl_y, cx, cy, k, p, fisheye)
 
 
 FOCAL = (("fl_x", "camera_angle_x"), ("fl_y", "camera_angle_y"))
-# angles of view that a camera can have: 0.1° … 179° of a pinhole, to 360° of a fisheye
-LEAST, WIDEST, ALL_AROUND = math.radians(0.1), math.radians(179), 2 * math.pi
+# angles of view that a camera can have: 0.1° … 170° of a pinhole, to 360° of a fisheye
+LEAST, WIDEST, ALL_AROUND = math.radians(0.1), math.radians(170), 2 * math.pi
 
 
 def focal_lengths(fields, w, h, fisheye):
-    """fl_x and fl_y in pixels, from themselves or from the angles of view, in radians."""
-    lengths = []
-    for (length, angle), extent in zip(FOCAL, (w, h)):
-        focal = None
-        if fields.get(angle) is not None and not fisheye:
-            view = number(fields, angle)
-            if not LEAST <= view <= WIDEST:
-                raise ValueError(f"{angle} is {view:g}: radians between {LEAST:.2g} and "
-                                 f"{WIDEST:.3g} are needed")
-            focal = extent / (2 * math.tan(view / 2))
-        if fields.get(length) is not None:
-            given = number(fields, length)
-            # the angle of view is 2 atan(w/(2 fl)), of a fisheye w/fl
-            view = 2 * math.atan2(extent, 2 * given)
-            if fisheye and given > 0:
-                view = extent / given
-            if not LEAST <= view <= (ALL_AROUND if fisheye else WIDEST):
-                raise ValueError(f"{length} is {given:g}: no focal length, in pixels, of a picture "
-                                 f"of {w:g} × {h:g}")
-            if focal is not None and abs(given / focal - 1) > 0.02:
-                raise ValueError(f"{length} {given:g} and {angle} {fields[angle]:g} differ, of "
-                                 f"pictures of {w:g} × {h:g} pixels: leave one of them out, or "
-                                 "give w and h")
-            focal = given
-        lengths.append(focal)
-    # pixels are square where one of them alone is given
-    fl_x, fl_y = lengths[0] or lengths[1], lengths[1] or lengths[0]
-    if fl_x is None:
-        raise ValueError("it has neither fl_x nor camera_angle_x, in radians"
-                         if not fisheye else "it has no fl_x, which a fisheye needs")
-    return fl_x, fl_y
+    """Return fl_x and fl_y in pixels of w × h. ValueError where they are missing or impossible."""
+    fl_x = focal_length(fields, *FOCAL[0], w, fisheye)
+    fl_y = focal_length(fields, *FOCAL[1], h, fisheye)
+    if fl_x is None and fl_y is None:
+        raise ValueError("it has no fl_x, which a fisheye needs" if fisheye else
+                         "it has neither fl_x nor camera_angle_x, in radians")
+    # where one is missing the pixels are square
+    return fl_x or fl_y, fl_y or fl_x
+
+
+def focal_length(fields, length, angle, extent, fisheye):
+    """Return one axis's focal length in pixels, from itself or from the angle of view, or None.
+
+    length, angle: the fields' names; extent: the picture's pixels along the axis.
+    """
+    by_angle = None
+    if fields.get(angle) is not None and not fisheye:
+        view = number(fields, angle)
+        if not LEAST <= view <= WIDEST:
+            raise ValueError(f"{angle} is {view:g}: radians between {LEAST:.2g} and {WIDEST:.3g} "
+                             "are needed")
+        by_angle = extent / (2 * math.tan(view / 2))
+    if fields.get(length) is None:
+        return by_angle
+    focal = number(fields, length)
+    # the angle of view is 2 atan(w/(2 fl)) of a pinhole, w/fl of a fisheye
+    view, widest = 2 * math.atan2(extent, 2 * focal), WIDEST
+    if fisheye and focal > 0:
+        view, widest = extent / focal, ALL_AROUND
+    if not LEAST <= view <= widest:
+        raise ValueError(f"{length} is {focal:g}: no focal length, in pixels, of a picture of "
+                         f"{extent:g} pixels")
+    if by_angle is not None and abs(focal / by_angle - 1) > 0.02:
+        raise ValueError(f"{length} {focal:g} and {angle} {fields[angle]:g} differ, of a picture "
+                         f"of {extent:g} pixels: leave one of them out, or give w and h")
+    return focal
 
 
 def read_matrix(values):
@@ -578,23 +604,26 @@ def read_matrix(values):
 
     ValueError where it is no rotation and place; a scale of the rotation is taken out.
     """
-    m = torch.tensor(values, dtype=torch.float64)
+    try:
+        m = torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError("transform_matrix is no matrix of numbers") from error
     if m.shape not in ((4, 4), (3, 4), (16,), (12,)):
         raise ValueError(f"transform_matrix has the shape {tuple(m.shape)}, not 4 × 4 or 3 × 4")
     last = torch.tensor([[0, 0, 0, 1]], dtype=m.dtype)
     m = m.view(-1, 4)
     if not m.isfinite().all() or m.abs().max() > 1e12:
         raise ValueError("transform_matrix holds what is no finite number")
-    if len(m) == 4 and (m[3:] - last).abs().max() > 1e-3:
-        raise ValueError(f"transform_matrix ends in {m[3].tolist()}, not in 0, 0, 0, 1: is it "
-                         "transposed?")
-    m = torch.cat([m[:3], last])
     # RᵀR = 1 and det R = 1, to what rounding in a file costs
     scale = m[:3, :3].norm() / math.sqrt(3)
     R = m[:3, :3] / scale.clamp(min=1e-9)
     if (R.t() @ R - torch.eye(3, dtype=m.dtype)).abs().max() > 0.02 or torch.linalg.det(R) < 0:
         raise ValueError("transform_matrix is no rotation and place: its first three columns are "
                          "not right-handed axes at right angles")
+    if len(m) == 4 and (m[3:] - last).abs().max() > 1e-3:
+        raise ValueError(f"transform_matrix ends in {m[3].tolist()}, not in 0, 0, 0, 1: is it "
+                         "transposed?")
+    m = torch.cat([m[:3], last])
     if abs(scale - 1) > 1e-3:
         m[:3, :3] = R
     return m
@@ -628,8 +657,8 @@ def find_picture(folder, name):
     raise ValueError("no such file, nor one with .png, .jpg, … at its end")
 
 
-def read_picture(file, size):
-    """Read a picture as RGBA uint8 [size, width, 4]. -> (that, its width, its height in the file)
+def read_picture(file, size, pictures):
+    """Read one of so many pictures. -> (RGBA uint8 [size, …, 4], its width and height in the file)
 
     ValueError where it cannot be read, or is a strip.
     """
@@ -639,10 +668,11 @@ def read_picture(file, size):
         width, height = picture.size
         if max(width, height) > 16 * min(width, height):
             raise ValueError(f"{width} × {height} pixels are a strip, no camera's picture")
+        columns = max(1, round(width * size / height))
+        check_memory(pictures, size, columns)
         if picture.mode[0] in "IF":               # convert() would make it black
             from cli.files import to_8_bits
             picture = to_8_bits(picture, file)
-        columns = max(1, round(width * size / height))
         picture = picture.convert("RGBA").resize((columns, size), Image.BOX)
     return np.asarray(picture), width, height
 
@@ -667,23 +697,27 @@ def read_transforms(path, size, place_type=torch.float32):
         shared = json.loads(path.read_text("utf-8-sig"))
         if not isinstance(shared, dict) or not isinstance(shared.get("frames"), list):
             raise ValueError("it has no list of frames")
-        frames, found, sizes = shared.pop("frames"), [], set()
+        frames = shared.pop("frames")
+        if not frames:
+            raise ValueError("it has no frames")
+        first, made, parts = None, {}, []
         for i, frame in enumerate(frames):
             what = f"frame {i}: "
             if not isinstance(frame, dict):
                 raise ValueError("it has no fields")
             what = f"frame {i} ({frame.get('file_path')}): "
-            pixels, *extent = read_picture(find_picture(path.parent, frame.get("file_path")), size)
-            check_memory(len(frames), *pixels.shape[:2])
-            sizes.add(tuple(extent))
-            if len(sizes) > 1:
-                raise ValueError(f"{extent[0]} × {extent[1]} pixels, unlike those before it")
-            found.append((pixels, read_lens(shared, frame, *extent),
-                          read_matrix(frame.get("transform_matrix"))))
+            file = find_picture(path.parent, frame.get("file_path"))
+            pixels, *extent = read_picture(file, size, len(frames))
+            first = first or extent
+            if extent != first:
+                raise ValueError(f"{extent[0]} × {extent[1]} pixels, those before it have "
+                                 f"{first[0]} × {first[1]}")
+            lens = read_lens(shared, frame, *extent)
+            if lens not in made:                  # most files have a single one
+                made[lens] = lens.directions(*pixels.shape[:2])
+            parts.append((pixels, made[lens], read_matrix(frame.get("transform_matrix"))))
         what = ""
-        if not found:
-            raise ValueError("it has no frames")
-        return posed_frames(found, place_type)
+        return posed_of(*zip(*parts), place_type)
     except MemoryError:
         raise
     except Exception as error:                # every format of picture has errors of its own
@@ -691,27 +725,26 @@ def read_transforms(path, size, place_type=torch.float32):
         raise ValueError(f"{path} cannot be used: {what}{kind}{error}") from error
 
 
-def posed_frames(frames, place_type):
-    """Frames (RGBA [H, W, 4] uint8, Lens, matrix [4, 4]) -> Posed."""
+def posed_of(pixels, directions, matrices, place_type):
+    """Lists of RGBA [H, W, 4] uint8, directions [H, W, 3], matrices [4, 4] -> Posed."""
     import numpy as np
-    rgba = torch.from_numpy(np.stack([pixels for pixels, _, _ in frames])).float() / 255
-    lenses = [lens for _, lens, _ in frames]
-    made = {lens: lens.directions(*rgba.shape[1:3]) for lens in set(lenses)}
-    c2w = torch.stack([matrix for _, _, matrix in frames])
-    _, directions = cast(c2w.float(), torch.stack([made[lens] for lens in lenses]))
+    rgba = torch.from_numpy(np.stack(pixels)).float() / 255
+    c2w = torch.stack(matrices)
+    _, directions = cast(c2w.float(), torch.stack(directions))
     # in single precision a place like a map's, 5000 km from its origin, is half a metre off
     origins = c2w[:, None, None, :3, 3].to(place_type).expand_as(directions)
     return Posed(origins, directions, rgba[..., :3] * rgba[..., 3:], rgba[..., 3])
 
 
 def posed_folder(folder, size, place_type=torch.float32):
-    """-> (pictures to learn, pictures held out): the files' own split, or every eighth picture."""
+    """Read (pictures to learn, pictures held out): the files' own split, or every eighth picture.
+    """
+    train, test, val = (Path(folder) / f"transforms_{s}.json" for s in ("train", "test", "val"))
+    if train.exists():
+        if val.exists() and not test.exists():
+            test = val
+        return tuple(read_transforms(path, size, place_type) for path in (train, test))
     folder = Path(folder)
-    if (folder / "transforms_train.json").exists():
-        held_out = next((f for f in ("test", "val") if (folder / f"transforms_{f}.json").exists()),
-                        "test")
-        return tuple(read_transforms(folder / f"transforms_{s}.json", size, place_type)
-                     for s in ("train", held_out))
     posed = read_transforms(folder / "transforms.json", size, place_type)
     test = torch.arange(len(posed.color)) % 8 == 7
     if not test.any():
@@ -762,31 +795,37 @@ def into_box(learnt, held_out, box):
     -> (learnt, held_out, None) as they were, where they fit; else (…, …, (centre, factor)), by
     which x becomes factor · (x − centre). ValueError where they do not fit and cannot be made to.
     """
-    def thinned(posed):                  # at most about 32 rays a side show where a picture looks
-        every = max(1, min(posed.opacity.shape[1:]) // 32)
-        return Posed(*(v[:, ::every, ::every].double() for v in posed))
-
-    def moved(posed):
-        return posed._replace(origins=(posed.origins.double() - centre) * factor)
-    few, few_held_out = thinned(learnt), thinned(held_out)
+    few, few_held_out, change = thinned(learnt), thinned(held_out), None
     # what is cut out belongs into the box; a photograph's surroundings may lie outside
-    enough = 0.25 if few.opacity.min() > 0.99 else 0.9
-    extent, change = scene_extent(few), None
+    wanted = 0.25 if few.opacity.mean() > 0.9 else 0.9
+    extent = scene_extent(few)
     tiny = extent is not None and 10 * extent[1] < box
-    if tiny or part_in_box(few, box) < enough:
-        if extent is None:
-            raise ValueError(f"{part_in_box(few, box):.0%} of what the pictures show meets the box "
-                             f"of ±{box:g}, and the cameras look at no common point: a larger "
-                             "--box, or other transform_matrix")
+    if extent is not None and (tiny or part_in_box(few, box) < wanted):
         centre, factor = extent[0], 0.9 * box / extent[1]                # 0.9 leaves a margin
-        learnt, held_out, few, few_held_out = map(moved, (learnt, held_out, few, few_held_out))
-        change = centre.tolist(), factor
+        if part_in_box(moved(few, centre, factor), box) >= wanted:
+            learnt, held_out, few, few_held_out = (
+                moved(posed, centre, factor) for posed in (learnt, held_out, few, few_held_out))
+            change = centre.tolist(), factor
     for name, posed in (("", few), ("held-out ", few_held_out)):
-        if part_in_box(posed, box) < enough:
-            raise ValueError(f"{part_in_box(posed, box):.0%} of what the {name}pictures show meets "
-                             f"the box of ±{box:g}: their transform_matrix are of another scale, "
-                             "or --box is too small")
-    return (*(p._replace(origins=p.origins.float()) for p in (learnt, held_out)), change)
+        part = part_in_box(posed, box)
+        if part < 0.25:
+            why = "" if extent else ", and the cameras look at no common point"
+            raise ValueError(f"{part:.0%} of what the {name}pictures show meets the box of "
+                             f"±{box:g}{why}: a larger --box, or other transform_matrix")
+    single = [posed._replace(origins=posed.origins.float()) for posed in (learnt, held_out)]
+    return (*single, change)
+
+
+def thinned(posed):
+    """Return Posed in double precision with about 32 pixels a side: enough to see where it looks.
+    """
+    every = max(1, min(posed.opacity.shape[1:]) // 32)
+    return Posed(*(v[:, ::every, ::every].double() for v in posed))
+
+
+def moved(posed, centre, factor):
+    """Return Posed of the scene in which x has become factor · (x − centre)."""
+    return posed._replace(origins=(posed.origins.double() - centre) * factor)
 
 
 def psnr(a, b):
@@ -796,9 +835,10 @@ def psnr(a, b):
 
 def fit(nerf, posed, steps=600, batch=1024, samples=64, lr=2e-2, background=None, rng=None,
         callback=None):
-    """Fit posed pictures: least squares over random rays. background: RGB [3] the pictures are put
-    on, or None for a random one per ray, which tells white from nothing. callback(step, loss).
-    Raises FloatingPointError where the loss is not finite.
+    """Fit posed pictures: least squares over random rays, by Adam, whose rate falls to a tenth.
+
+    background: RGB [3] the pictures are put on, or None for a random one per ray, by which white
+    differs from nothing. callback(step, loss). FloatingPointError where the loss is not finite.
     """
     rng = rng or torch.Generator().manual_seed(0)
     device, spacing = nerf.table.device, 2 * nerf.box / samples
@@ -810,8 +850,10 @@ def fit(nerf, posed, steps=600, batch=1024, samples=64, lr=2e-2, background=None
             nerf.update_grid(spacing, rng)
         chosen = torch.randint(len(pixels[0]), (batch,), generator=rng).to(device)
         o, d, color, opacity = (v[chosen] for v in pixels)
-        behind = torch.rand(batch, 3, generator=rng).to(device) if background is None \
-            else torch.as_tensor(background).to(device)
+        if background is None:
+            behind = torch.rand(batch, 3, generator=rng).to(device)
+        else:
+            behind = torch.as_tensor(background).to(device)
         seen = render(nerf, o, d, samples, behind, rng).rgb
         # L = mean ‖C(r) − C_true(r)‖²
         loss = (seen - color - (1 - opacity) * behind).square().mean()
@@ -827,14 +869,14 @@ def fit(nerf, posed, steps=600, batch=1024, samples=64, lr=2e-2, background=None
 
 @torch.no_grad()
 def look(nerf, posed, samples=64, background=1.0):
-    """The Picture of the rays of Posed."""
+    """Render the rays of Posed. -> Picture"""
     device = nerf.table.device
     return render(nerf, posed.origins.to(device), posed.directions.to(device), samples, background)
 
 
 # ---------------------------------------------------------------------------- solids to learn from
 def solid_pictures(kind, color, c2w, fovy=40.0, size=64):
-    """Posed pictures of a solid of tiny/solids.py from cameras [M, 4, 4]."""
+    """Make Posed pictures of a solid of tiny/solids.py from cameras [M, 4, 4]."""
     from tiny import solids
     truth = solids.render([kind] * len(c2w), [color] * len(c2w), lambda n: rays(c2w, fovy, n), size)
     opacity = truth.opacity[:, 0]
@@ -843,7 +885,7 @@ def solid_pictures(kind, color, c2w, fovy=40.0, size=64):
 
 
 def builtin_scene(kind, color, views=40, held_out=8, size=64, seed=0):
-    """-> (pictures to learn, pictures held out), from random sides."""
+    """Make (pictures to learn, pictures held out) of a solid, from random sides."""
     rng = torch.Generator().manual_seed(seed)
     elevation, azimuth = torch.rand(2, views + held_out, generator=rng)
     c2w = camera_to_world(90 * elevation - 20, 360 * azimuth, 2.7)
@@ -862,7 +904,7 @@ def write_around(path, nerf, size=64, views=8):
 
 @torch.no_grad()
 def write_all(folder, nerf, threshold, size=64, views=8, frames=36, cells=96):
-    """nerf.safetensors, views.png, turntable.gif, mesh.glb, viewer.html; -> the last one written.
+    """Write nerf.safetensors, views.png, turntable.gif, mesh.glb, viewer.html. -> the last of them
 
     A density without a surface costs the mesh, not the run: one line says so.
     """
@@ -875,7 +917,7 @@ def write_all(folder, nerf, threshold, size=64, views=8, frames=36, cells=96):
         render(nerf, *rays(c2w.to(device), 40.0, 2 * size), 64).rgb[0]
         for c2w in orbit(frames).split(1)])
 
-    def density(x):                              # only where there may be something
+    def density(x):                              # only where the grid is not empty
         sigma = torch.zeros(len(x), device=device)
         for part in nerf.occupancy(x).nonzero().squeeze(1).split(1 << 16):
             sigma[part] = nerf.geometry(x[part])[0]
@@ -892,14 +934,18 @@ def write_all(folder, nerf, threshold, size=64, views=8, frames=36, cells=96):
         return folder / "turntable.gif"
 
 
-def read_scene(settings):
-    """-> (pictures to learn, pictures held out) of a folder or a solid. ValueError for others."""
+def read_scene(settings, box):
+    """Return (pictures to learn, pictures held out, how the scene was moved into the box, or None).
+
+    ValueError where the scene is neither a folder nor a solid.
+    """
     from tiny import solids
     if settings.scene and Path(settings.scene).is_dir():
-        return posed_folder(settings.scene, settings.size, torch.float64)
+        return into_box(*posed_folder(settings.scene, settings.size, torch.float64), box)
     check_memory(settings.pictures + 8, settings.size, settings.size)
     if solid := solids.find_solid(settings.scene):
-        return builtin_scene(*solid, settings.pictures, size=settings.size, seed=settings.seed)
+        return (*builtin_scene(*solid, settings.pictures, size=settings.size,
+                               seed=settings.seed), None)
     raise ValueError(f"{settings.scene!r} is neither a folder nor a solid, such as "
                      f'"red mug": {", ".join(solids.COLORS)}; {", ".join(solids.KINDS)}')
 
@@ -916,7 +962,7 @@ def run(settings):
                 kernels=settings.kernels, seed=settings.seed)
     nerf.to(usable(settings.device))
     use_triton(settings.kernels, nerf.table)
-    learnt, held_out, change = into_box(*read_scene(settings), box)
+    learnt, held_out, change = read_scene(settings, box)
     name = re.sub(r"[^a-z0-9]+", "-", Path(settings.scene).name.lower()).strip("-") or "scene"
     config = {"program": "nerf.py", "settings": settings.model_dump(mode="json")}
     if change is not None:
@@ -943,8 +989,11 @@ def fit_in(folder, settings, nerf, learnt, held_out):
                 bar.set_postfix(loss=f"{loss:.5f}", PSNR=f"{-10 * math.log10(loss + 1e-10):.1f}")
         fit(nerf, learnt, settings.steps, settings.batch, settings.samples, settings.lr, white,
             torch.Generator().manual_seed(settings.seed), show)
-    seconds, truth = time.perf_counter() - began, held_out.over(1.0)
+    seconds = time.perf_counter() - began
+    truth = held_out.over(1.0)
     seen = look(nerf, held_out, settings.samples).rgb.cpu()
+    if not seen.isfinite().all():
+        raise FloatingPointError("the fitted scene is not finite: try a smaller --lr")
     print(f"PSNR on {len(truth)} held-out views: {psnr(seen, truth):.2f} dB; {seconds:.0f} s")
     write_rows(folder / "truth.png", [truth[:8], seen[:8]])            # above, below
     print(write_all(folder, nerf, settings.threshold))

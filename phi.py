@@ -19,6 +19,7 @@ from prior import Prior, full_precision, readers_of
 
 def second_view(network):
     """A copy whose weights and buffers *are* those of the prior's `network`: the same storage."""
+    # deepcopy takes what is in its memo for copied already: these tensors stay the very same
     frozen = [*network.parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(tensor): tensor for tensor in frozen})
 
@@ -41,7 +42,10 @@ def with_adapter(layer, rank, scale=1.0):
 
 
 def plain_layer(module):
-    """The layer below the adapters that peft has put around it."""
+    """The layer below the adapters that peft has put around it.
+
+    A prior may have some: a user's LoRA of a style or a subject.
+    """
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
@@ -77,6 +81,9 @@ class LoRAPhi(nn.Module):
     less memory, more time. targets: ends of the names of the layers to adapt. phi_init: a LoRA to
     start from, a file or a folder: layers, ranks and scales are its own then. ValueError where
     something does not fit.
+
+    It learns by Eqs. 9 and 10 in ε, also where its checkpoint predicts v. All peers train such a φ
+    in v, whose squared error is 1/α_t² of that in ε: with them late t weigh more.
     """
 
     def __init__(self, prior, prompts=None, rank=4, cond=None, camera=0, checkpointing=False,
@@ -90,6 +97,7 @@ class LoRAPhi(nn.Module):
             raise ValueError(f"{prior.name}: a φ that knows the camera needs a UNet")
         self.prior, self.cond, self.camera = prior, cond, camera
         self.network = second_view(prior.network)
+        # A and B are drawn here, as rng is the only source of randomness
         rng = torch.Generator().manual_seed(seed)
         if phi_init is None:
             self.adapt(rank, targets, rng)
@@ -110,6 +118,7 @@ class LoRAPhi(nn.Module):
 
     def adapt(self, rank, targets, rng):
         """Put adapters beside the layers whose names end in `targets`, drawn from rng."""
+        # A ~ N(0, 1/r²) and B = 0, as in diffusers' LoRA layers and in ProlificDreamer
         ends = tuple(f".{target}" for target in targets)
         names = [name for name, module in self.network.named_modules()
                  if f".{name}".endswith(ends) and can_adapt(module)]
@@ -147,6 +156,7 @@ class LoRAPhi(nn.Module):
         return {name: self.network.get_submodule(name) for name in self.adapted}
 
     def forward(self, x_t, t, cond, eps, camera=None, answers=None):
+        # in 3D the prompt without the view: φ is given the camera instead
         cond = cond if self.cond is None else self.cond.expand(len(x_t), -1, -1)
         extra = {"class_labels": camera} if self.camera else {}
         return self.prior.eps_of(self.network, x_t, t, cond, **extra)
@@ -162,6 +172,7 @@ class LoRAPhi(nn.Module):
             named[f"{name}.lora_A.weight"] = down.detach()
             named[f"{name}.lora_B.weight"] = up.detach()
             ranks[name], alphas[name] = len(down), len(down) * layer.scaling["default"]
+        # a UNet's LoRA goes out in the names that diffusers has used since its first LoRA
         older = convert_state_dict_to_diffusers(named) if part == "unet" else named
         if not any(".lora_A" in key for key in older):     # not where it could only name some so
             named = older

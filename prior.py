@@ -7,6 +7,7 @@ Shapes as in asd.py: x0, x_t, ε [B, C, H, W] latents; images RGB [B, 3, height,
 t [B] long in 0 … T−1; cond [B, L, C]. Only this file knows what a checkpoint predicts (ε, v or a
 flow's velocity), and how its latents are scaled; loading.py knows where it comes from.
 """
+import difflib
 import inspect
 import math
 import os
@@ -42,7 +43,8 @@ def to_eps(output, x_t, alpha_t, sigma_t, prediction_type):
     if prediction_type == "v_prediction":
         # v = α ε − σ x0 and x_t = α x0 + σ ε, so ε = σ x_t + α v. At the *given* x_t this is exact.
         # ASD's released code instead forms a velocity target from the true x0 and ε_y, which is the
-        # ε-target α² ε_y + σ² ε: not Eq. 10 but one whose γ fades to VSD at large t.
+        # ε-target α² ε_y + σ² ε. That is Eq. 10 at γ(t) = γα²/(1+γ−γα²), weighted by
+        # (1+γ−γα²)/α²: exactly Eq. 10 at γ = −1; above, γ fades to VSD's 0 at large t.
         return sigma_t * x_t + alpha_t * output
     if prediction_type == "flow":
         # u = ε − x0 and x_t = α x0 + σ ε with α = 1 − σ, so ε = x_t + α u
@@ -60,6 +62,7 @@ class Family(NamedTuple):
     mu: Callable | None = None        # flow models: (pipe, shape of x0) -> a schedule's shift
 
 
+# what the text encoders make of a prompt: tokens, and a pooled vector where the network takes one
 def encode_sd(pipe, prompt, device):
     return pipe.encode_prompt(prompt, device, 1, False)[0], None
 
@@ -82,6 +85,8 @@ def encode_flux2(pipe, prompt, device):
     return pipe.encode_prompt(prompt, device)[0], None
 
 
+# one call of the network, in the units in which it was trained: t as 0 … T−1 of a UNet, as σ (or
+# σ times T) of a transformer
 def predict_sd(prior, unet, x_t, t, tokens, pooled, **kwargs):
     return unet(x_t, t, tokens, **kwargs).sample
 
@@ -99,6 +104,7 @@ def predict_sd3(prior, transformer, x_t, t, tokens, pooled):
 
 
 def predict_flux2(prior, transformer, x_t, t, tokens, pooled):
+    # latents as a sequence [B, H·W, C], with the places of tokens and latents beside them
     with torch.device("cpu"):                                 # the pipeline names no device
         text_ids = prior.pipe._prepare_text_ids(tokens).to(x_t.device)
         image_ids = prior.pipe._prepare_latent_ids(x_t).to(x_t.device)
@@ -108,6 +114,7 @@ def predict_flux2(prior, transformer, x_t, t, tokens, pooled):
     return velocity.transpose(1, 2).reshape(x_t.shape)
 
 
+# how far a flow's schedule is shifted towards noise, which may depend on the size of the picture
 def mu_sd3(pipe, shape):
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
     config = pipe.scheduler.config
@@ -152,6 +159,7 @@ def is_clip(encoder):
 def check_parts(pipe, network):
     """UserError where parts are offloaded or on "meta", or where λ would mean nothing."""
     for name, part in modules_of(pipe).items():
+        # accelerate and diffusers leave hooks where they move weights in and out
         tensors = [*part.parameters(), *part.buffers()]
         hooked = any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
                      for module in part.modules())
@@ -161,6 +169,7 @@ def check_parts(pipe, network):
     if getattr(pipe, "config", {}).get("is_distilled"):
         raise UserError("is distilled (is_distilled in model_index.json): its guidance is built "
                         "in, so λ means nothing: take the base model")
+    # LCMs, and FLUX's guidance-distilled models: guidance is an input, not a difference
     for name in ("time_cond_proj_dim", "guidance_embeds"):
         if getattr(network.config, name, None):
             raise UserError(f"is distilled: it is told its guidance ({name}), so λ means nothing: "
@@ -176,6 +185,7 @@ def check_text(pipe):
         if tokenizer.model_max_length < 3:
             raise UserError(f"has a tokenizer whose model_max_length is "
                             f"{tokenizer.model_max_length}: no prompt fits")
+        # a token beyond the table would be an index error, or another word's row, much later
         known = encoder.get_input_embeddings().weight.shape[0]
         word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
         if number >= known:
@@ -187,6 +197,8 @@ def check_text(pipe):
 
 def text_cut(pipe, prompt):
     """-> (the number of tokens that a text encoder reads, what it does not read), or None."""
+    # CLIP reads up to its last position and keeps its end token; T5 and Qwen read as many tokens as
+    # the pipeline's encode_prompt lets them by default
     parameters = inspect.signature(pipe.encode_prompt).parameters
     for encoder, tokenizer in readers_of(pipe):
         if is_clip(encoder):
@@ -286,6 +298,7 @@ class Prior:
         for name, part in modules_of(self.pipe).items():
             if not all(tensor.isfinite().all() for tensor in part.state_dict().values()):
                 raise UserError(f"has weights in its {name} that are not finite")
+        # so that what does not fit together is noticed now, and not after minutes
         x0 = torch.zeros(1, *self.shape, device=self.device)
         t = torch.full((1,), self.steps // 2, device=self.device)
         if self.eps(x0, t, self.encode_text([""])).shape != x0.shape:
@@ -330,6 +343,7 @@ class Prior:
         self.prediction_type = scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"predicts {self.prediction_type}: a UNet must predict ε or v")
+        # ᾱ_t = α_t², the product of 1 − β up to t
         alpha_bar = scheduler.alphas_cumprod.float().cpu()
         if not (alpha_bar.isfinite().all() and alpha_bar.min() >= 0 and alpha_bar.max() <= 1
                 and (alpha_bar.diff() <= 0).all()):
@@ -351,6 +365,7 @@ class Prior:
             raise UserError(f"has a {name} without use_flow_sigmas: a flow model needs a flow's "
                             "noise schedule")
         self.prediction_type = "flow"
+        # σ' = s σ / (1 + (s − 1) σ), with s fixed, or growing with the picture
         if config.get("use_dynamic_shifting"):
             shift = self.family.mu(self.pipe, self.shape)
             if config.get("time_shift_type", "exponential") == "exponential":
@@ -382,6 +397,7 @@ class Prior:
                 config.get("latents_std") or [1.0], device="cpu")
         center, scale = (torch.as_tensor(v, dtype=torch.float32, device="cpu")
                          for v in (center, scale))
+        # a scale of 0, NaN or 1e308 makes black pictures, and no error
         size = scale.abs()
         if not (center.abs().max() < 1e6 and size.min() > 1e-6 and size.max() < 1e6):
             raise UserError("has a VAE whose units (scaling_factor, shift_factor, mean, std) are "
@@ -416,7 +432,10 @@ class Prior:
         return self.pack(tokens, pooled)[0].to(self.device)
 
     def pack(self, tokens, pooled):
-        """tokens [B, L, C], pooled [B, P] or None -> cond [B, L', C]."""
+        """tokens [B, L, C], pooled [B, P] or None -> cond [B, L', C].
+
+        The pooled vector becomes rows below the tokens, its last row filled up with zeros.
+        """
         if pooled is None:
             return tokens
         rows = F.pad(pooled, (0, -pooled.shape[1] % tokens.shape[2]))
@@ -430,16 +449,33 @@ class Prior:
         return cond[:, :-rows], cond[:, -rows:].flatten(1)[:, :self.pooled]
 
     def release_text_encoders(self):
-        """To the CPU, as every prompt is encoded; a φ that learns words brings them back."""
+        """To the CPU, as every prompt is encoded; a φ that learns words brings them back.
+
+        They are a large part of the memory: SD3's T5 is more than twice its network.
+        """
         for name, part in self.pipe.components.items():
             if name.startswith("text_encoder") and part is not None:
                 part.to("cpu")
 
     def unknown_words(self, prompt):
-        """The prompt's words that a small vocabulary (the embedded model's) spells in pieces."""
+        """The prompt's words that a small vocabulary (the embedded model's) spells in pieces.
+
+        A word that it knows is one token between the start and the end token.
+        """
         tokenizer = self.pipe.tokenizer
-        words = re.findall(r"[^\W\d_]+", prompt.lower()) if len(tokenizer) < 20_000 else []
+        # letters, or a sign that is no letter, such as an emoji; not "2" or "!"
+        words = re.findall(r"[^\W\d_]+|[^\w\s\x00-\x7f]", prompt.lower())
+        if len(tokenizer) >= 20_000:
+            return []
         return [word for word in words if len(tokenizer(word).input_ids) > 3]
+
+    def nearest_words(self, word):
+        """The three words of the vocabulary that are spelt most like a word; fewer if it has."""
+        whole = {token.removesuffix("</w>") for token in self.pipe.tokenizer.get_vocab()
+                 if re.fullmatch(r"[a-z]{3,}</w>", token)}
+        # the pieces from which it put the long words together are their ends
+        ends = {longer[i:] for longer in whole for i in range(1, len(longer))}
+        return difflib.get_close_matches(word, whole - ends, 3, cutoff=0.1)
 
     def encode_image(self, images):
         """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean.
@@ -462,8 +498,12 @@ class Prior:
     def eps(self, x_t, t, cond):
         """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.
 
-        Raises ValueError where the canvas is not the checkpoint's.
+        Raises ValueError where the canvas is not the checkpoint's, or the batches differ.
         """
+        if not torch.is_tensor(cond) or cond.dim() != 3:
+            raise ValueError("cond is prompt embeddings [B, L, C], from encode_text([…])")
+        if (len(t), len(cond)) != (len(x_t), len(x_t)):
+            raise ValueError(f"x_t has {len(x_t)} samples, t {len(t)}, cond {len(cond)}")
         if tuple(x_t.shape[1:]) != self.shape:
             raise ValueError(f"x_t is {tuple(x_t.shape[1:])}, but {self.name} was trained on "
                              f"latents of {self.shape}: another canvas gives poor pictures")
@@ -532,7 +572,10 @@ class Pixels(nn.Module):
 
 
 def repeated(start, particles):
-    """[N, …] -> [particles, …], a multiple of N, in turn; ValueError where it is none."""
+    """[N, …] -> [particles, …], the N in turn: particle i begins at picture i mod N.
+
+    ValueError where the particles are no multiple of the pictures.
+    """
     if particles % len(start):
         raise ValueError(f"{particles} particles cannot start from {len(start)} pictures alike")
     return start.repeat(particles // len(start), *[1] * (start.dim() - 1))
@@ -563,7 +606,10 @@ def ode_end(eps_of, x_t, t, steps, alpha_sigma, eps=None):
 
 @torch.no_grad()
 def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
-    """Text-to-image by the deterministic DDIM sampler from noise x_T [B, C, H, W] -> x0."""
+    """Text-to-image by the deterministic DDIM sampler from noise x_T [B, C, H, W] -> x0.
+
+    What distillation is compared with: the pictures that the prior itself makes of the prompts.
+    """
     y, null = prior.encode_text(prompts), prior.encode_text([""])
     t = torch.full((len(y),), prior.steps - 1, device=prior.device)
 
@@ -577,7 +623,10 @@ def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
 
 
 def compile_blocks(network):
-    """torch.compile of its repeated blocks alone: diffusers' compile_repeated_blocks, and SD3's."""
+    """torch.compile of its repeated blocks alone: diffusers' compile_repeated_blocks, and SD3's.
+
+    A block is compiled once for all places where it stands, which a whole network is not.
+    """
     names = network._repeated_blocks or ["JointTransformerBlock"]
     for block in network.modules():
         if type(block).__name__ in names:
@@ -585,7 +634,10 @@ def compile_blocks(network):
 
 
 def usable(device):
-    """A --device, checked; None or "auto": cuda where there is one. Raises UserError."""
+    """A --device, checked; None or "auto": cuda where there is one. Raises UserError.
+
+    Of several processes each gets the device of its own number on its machine.
+    """
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):

@@ -30,9 +30,8 @@ CASES = {                              # {name: (program, model, flags)}
                           "--pixels", "--init", FOX[1], "--fixed-noise"]),
     "real": ("asd", "sd", [*PROMPT, "--real", FOX[1], "--lam-phi", "2", "--particles", "3",
                            "--micro-batch", "2"]),
-    "half": ("asd", "sd", [*PROMPT, "--dtype", "bfloat16", "--phi-steps", "2"]),
     "sdxl": ("asd", "sdxl", [*PROMPT, "--size", "16", "--phi", "embedding", "--vae-tiling"]),
-    "sd3": ("asd", "sd3", [*PROMPT, "--size", "16"]),
+    "sd3": ("asd", "sd3", [*PROMPT, "--size", "16", "--phi-steps", "2"]),
     "flux2": ("asd", "flux2", [*PROMPT, "--size", "16"]),
     "nfsd": ("variants", "sd", [*PROMPT, "--method", "nfsd", "--negative", "blue"]),
     "bridge": ("variants", "sd", [*PROMPT, "--method", "bridge", "--bridge-steps", "2",
@@ -43,7 +42,7 @@ CASES = {                              # {name: (program, model, flags)}
     "network": ("variants", "sd", [*PROMPT, "--method", "vsd", "--generator", "network"]),
     "edit": ("editing", "sd", FOX),
     "flowedit": ("editing", "sd", [*FOX, "--method", "flowedit"]),
-    "translator": ("editing", "sd", [*FOX[2:], "--network", "--pictures", "2", "--batch", "2"]),
+    "translator": ("editing", "sd", [*FOX, "--network", "--batch", "2"]),
     "scene": ("text_to_3d", "sd", [*PROMPT, *SOLID]),
     "nerf": ("nerf", None, ["red mug", "--pictures", "1", "--size", "8", "--samples", "4"]),
 }
@@ -165,6 +164,7 @@ def prepare():
     with ComputeMode(), MakeMode(), pytest.raises(RuntimeError, match="two devices"):
         torch.ones(2).to("other") + torch.ones(2)              # it does refuse
     prior.usable = str                                         # a device is what it is called
+    prior.Prior.from_pretrained = functools.cache(prior.Prior.from_pretrained)
     nerf.write_all = functools.partial(nerf.write_all, size=8, views=1, frames=1, cells=8)
     # writers that read the memory of a tensor, which an OtherTensor has not
     huggingface_hub.serialization._torch._get_unique_id = id

@@ -30,7 +30,7 @@ prior nerf_kernels conftest
 loading
 tiny.make tiny.corrective
 tiny.data
-tiny.solids tiny.judge tiny.training tiny.exact
+tiny.solids tiny.judge tiny.training tiny.exact cli.start
 tiny claims cli
 """
 FLOOR = {name: -i for i, names in enumerate(FLOORS.split("\n")) for name in names.split()}

@@ -1,7 +1,7 @@
 """The commands: what a run leaves behind, going on after any interruption, locks, processes.
 
 main() is called in this process wherever a process of its own is not the point; the runs that are
-killed are forked, ASD_KILLS of them (default 3; of 30, every other one is killed while a checkpoint
+killed are forked, ASD_KILLS of them (default 2; of 30, every other one is killed while a checkpoint
 is written). The model is test_distill.py's tiny one; the last tests use tiny/sd. What users and
 disks do wrong is in test_mistakes.py.
 """
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from phi import LoRAPhi
 from test_distill import folders, rng  # noqa: F401 (fixtures)
 
 HERE = Path(asd.__file__).resolve().parent
-KILLS = int(os.environ.get("ASD_KILLS", 3))
+KILLS = int(os.environ.get("ASD_KILLS", 2))
 load_once = functools.cache(asd.Prior.from_pretrained)
 needs_tiny_sd = pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(),
                                    reason="tiny/sd is not here")
@@ -151,6 +152,18 @@ def frames_of_film(folder):
         return film.width // 128
 
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "test_runs"])
+
+
+def fork(target, *arguments):
+    """Start a process from a fresh Python that has the imports; it ends with this one at last."""
+    process = SERVER.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
 # ----------------------------------------------------------------------------- what a run leaves
 @pytest.mark.parametrize("name, phi, file", [
     ("sds", None, None), ("vsd", "embedding", "learned_embeds"),
@@ -185,27 +198,43 @@ def test_a_model_that_predicts_v_runs_too(cli, folders):                       #
     assert not torch.equal(saved["frame.0"], saved["frame.2"]) and saved["theta.0"].isfinite().all()
 
 
-def test_a_shell_may_close_a_stream(model, tmp_path):
-    """`python asd.py … >&-` and `2>&-` make the run; each says on the other stream what it says.
-
-    No warnings, nothing of the libraries' chatter.
-    """
+def test_a_shell_may_close_stdout(model, tmp_path):
+    """`python asd.py … >&-`, from anywhere: no warnings, nothing of the libraries' chatter."""
     words = [sys.executable, HERE / "asd.py", "--model", model, "--prompt", "a red apple",
              "--steps", "1", "--device", "cpu", "--method", "sds"]
     line = shlex.join(map(str, words))
-    running = []
-    for redirection in (">&-", "2>&-"):
-        running.append(subprocess.Popen(
-            ["sh", "-c", f"{line} {redirection}"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}))
-    (out, err), (path, nothing) = [process.communicate() for process in running]
-    assert [process.returncode for process in running] == [0, 0], err
-    assert out == "" and nothing == ""
-    first, *others = [text for text in re.split(r"[\r\n]+", err) if text]
+    done = subprocess.run(["sh", "-c", f"{line} >&-"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    first, *others = [text for text in re.split(r"[\r\n]+", done.stderr) if text]
     assert first.startswith("asd.py: sds, settings paper (§6: ProlificDreamer-2D's")
     assert others and all("%|" in text for text in others)
-    assert re.fullmatch(r"outputs/sds-a-red-apple-0(-2)?/final.png\n", path)
-    assert len(list(tmp_path.glob("outputs/*/final.png"))) == 2
+    assert Path(tmp_path, "outputs/sds-a-red-apple-0/final.png").is_file()
+
+
+def closed(numbers, argv, log):
+    """Run asd.py as a shell would that has closed streams, 1 or 2, with stdout in a file."""
+    torch.set_num_threads(1)
+    sys.stdout = open(log, "w")
+    for number in numbers:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    status = asd.main(argv)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def test_streams_may_be_closed(model, tmp_path, monkeypatch):
+    """`2>&-` and `>&- 2>&-`: the run is made, status 0."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", model, "--prompt", "a red apple", "--steps", "1", "--device", "cpu",
+             "--method", "sds"]
+    for folder, numbers in (("one", [2]), ("both", [1, 2])):
+        process = fork(closed, numbers, [*flags, "--out", folder], "log")
+        process.join()
+        assert process.exitcode == 0 and Path(folder, "final.png").is_file()
+        assert Path("log").read_text() == ("one/final.png\n" if folder == "one" else "")
 
 
 def test_final_picture_is_theta_decoded(finished, model):
@@ -312,7 +341,7 @@ def test_picture_measures_by_hand():
 def test_unknown_words_are_named_once(cli):
     _, _, err = cli("--prompt", "a red zebra", "--prompt", "Zebra fox", "--steps", 1,
                     "--method", "sds")
-    assert err.count("zebra") == 1 and "has never seen: zebra\n" in err
+    assert err.count("zebra") == 1 and "has never seen: zebra" in err
     assert "never seen" not in cli("--out", "known", "--steps", 1, "--method", "sds")[2]
 
 
@@ -395,8 +424,8 @@ def test_settings_reach_the_loop(cli, monkeypatch):
     assert status == 0 and seen["micro_batch"] == 1 and isinstance(seen["args"][1], asd.Pixels)
     method, row = seen["args"][3], asd.Method()
     assert method == asd.Method(**flags, phi=LoRAPhi, share_noise=True, fixed_noise=True)
-    unchanged = {name for name in vars(row) if vars(row)[name] == vars(method)[name]}
-    assert unchanged == {"phi", "shift", "shift_grows"}     # the last two are of an edit
+    changed = {name for name in vars(row) if vars(row)[name] != vars(method)[name]}
+    assert changed >= set(settings.Equation.model_fields) - {"method"}
     assert seen["prompts"] == ["a red apple"]
     assert seen["options"] == {"rank": 3, "checkpointing": True, "seed": 8}
 
@@ -442,7 +471,7 @@ def test_pictures_are_made_smaller_by_averaging(tmp_path):
     ("RGBA", (16, 16), (255, 0, 0, 255), (255, 0, 0), "png"),
     ("L", (40, 30), 76, (76, 76, 76), "png"), ("LA", (7, 7), (76, 255), (76, 76, 76), "png"),
     ("P", (16, 16), 0, (0, 0, 0), "png"), ("1", (9, 9), 1, (76, 76, 76), "png"),
-    ("RGB", (5000, 3000), (10, 20, 30), (10, 20, 30), "png"),
+    ("RGB", (1500, 900), (10, 20, 30), (10, 20, 30), "png"),
     ("RGB", (1, 1), (10, 20, 30), (10, 20, 30), "png"),
     ("I;16", (16, 16), 76 * 257, (76, 76, 76), "png"),
     ("I;16", (16, 16), 76 * 257, (76, 76, 76), "tiff"),
@@ -492,9 +521,6 @@ def test_a_run_starts_from_the_picture(cli):
 
 
 # ------------------------------------------------------------------------------------- going on
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "test_runs"])
 PICTURE, EDIT, MUG = ("--prompt", "a red apple"), (
     "--image", "a.png", "--source", "a red apple", "--target", "a blue fox"), (
     "--prompt", "a red mug", "--samples", "4", "--resolution", "4", "8", "--levels", "2", "--table",
@@ -562,9 +588,8 @@ def test_a_killed_run_goes_on_bit_for_bit(model, tmp_path, monkeypatch, seed):
     moment = None
     if seed % 2:
         moment = (chance.randint(1, 4), chance.choice([0, chance.random(), 1]))
-    process = SERVER.Process(target=command, args=(
-        name, [*flags, "--out", str(tmp_path / "killed")], str(tmp_path / "log"), moment))
-    process.start()
+    process = fork(command, name, [*flags, "--out", str(tmp_path / "killed")],
+                   str(tmp_path / "log"), moment)
     if moment is None:
         kill_at(process, chance.randint(0, 6), chance.uniform(0, 0.05))
     process.join()
@@ -648,7 +673,7 @@ def test_what_compile_compiles(cli, monkeypatch, phi, views):
     blocks = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **_: blocks.append(block))
     assert cli("--phi", phi, "--steps", 1, "--compile")[0] == 0
-    network = asd.Prior.from_pretrained(cli.model, "cpu", None, None, None).network
+    network = asd.Prior.from_pretrained(cli.model, "cpu").network
     expected = [block for block in network.modules()
                 if type(block).__name__ == "BasicTransformerBlock"]
     assert len(set(map(id, blocks))) == len(blocks) == views * len(expected) > 0
@@ -694,14 +719,13 @@ def hold(folder, ready):
     """Lock a folder until the process is killed."""
     with files.locked(Path(folder)):
         ready.set()
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_the_lock_of_a_dead_process_is_none(finished, tmp_path):
     ready = SERVER.Event()
-    process = SERVER.Process(target=hold, args=(tmp_path / "run", ready))
-    process.start()
-    assert ready.wait(60)
+    process = fork(hold, tmp_path / "run", ready)
+    assert ready.wait(300)
     one_line(finished("--resume", "run"), "another process is at work in run")
     process.kill()
     process.join()
@@ -714,9 +738,7 @@ def test_runs_that_start_together_have_a_folder_each(model, tmp_path, monkeypatc
     argv = ["--prompt", "a red apple", "--steps", "1", "--model", model, "--method", "sds"]
     processes = []
     for i, extra in enumerate([[], [], ["--out", "one"], ["--out", "one"]]):
-        processes.append(SERVER.Process(target=command, args=(
-            "asd", [*argv, *extra], f"log{i}", None)))
-        processes[-1].start()
+        processes.append(fork(command, "asd", [*argv, *extra], f"log{i}", None))
     for process in processes:
         process.join()
     statuses = [process.exitcode for process in processes]
@@ -758,9 +780,7 @@ def start_ranks(size, name, argv, moment=None):
         port = free.getsockname()[1]
     ranks = []
     for i in range(size):
-        arguments = (i, size, port, name, argv, f"log{i}", None if i else moment)
-        ranks.append(SERVER.Process(target=as_rank, args=arguments))
-        ranks[i].start()
+        ranks.append(fork(as_rank, i, size, port, name, argv, f"log{i}", None if i else moment))
     return ranks
 
 
@@ -768,7 +788,7 @@ def run_ranks(size, name, *argv, moment=None):
     """Run a command as several processes. -> exit codes, outputs"""
     ranks = start_ranks(size, name, [str(word) for word in argv], moment)
     for process in ranks:
-        process.join(100)
+        process.join(300)
     return ([process.exitcode for process in ranks],
             [Path(f"log{i}").read_text() for i in range(size)])
 
@@ -786,7 +806,7 @@ def test_the_number_of_processes_changes_rounding_alone(tmp_path, monkeypatch):
     """Of tiny-sd: one process; and four, of which one is killed, then two that go on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asd.Prior, "from_pretrained", load_once)
-    flags = [*PICTURE, "--particles", "4", "--device", "cpu", "--steps", "6", "--save-every", "2",
+    flags = [*PICTURE, "--particles", "4", "--device", "cpu", "--steps", "6", "--save-every", "1",
              "--share-noise"]
     assert asd.main([*flags, "--out", "one"]) == 0
     codes, outputs = run_ranks(4, "asd", *flags, "--out", "four", moment=(2, 0))
@@ -819,7 +839,7 @@ def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatc
         assert ranks[0].exitcode is None, Path("log0").read_text()
         time.sleep(0.01)
     ranks[1].kill()
-    ranks[0].join(60)
+    ranks[0].join(300)
     log = Path("log0").read_text()
     assert ranks[0].exitcode == 2 and "Traceback" not in log
     assert log.splitlines()[-1] == "asd.py: another process has ended; go on with --resume run"
@@ -827,16 +847,27 @@ def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatc
 
 
 def test_what_cannot_be_divided_is_one_line(model, tmp_path, monkeypatch):
+    """Process 0 alone says it."""
     monkeypatch.chdir(tmp_path)
-    Image.effect_noise((16, 16), 99).convert("RGB").save("a.png")
-    exact = ["--method", "vsd", "--phi", "exact", "--particles", "2"]
-    for name, flags, wanted in [
-            ("editing", EDIT, "one process alone"), ("asd", PICTURE, "too many for 1 samples"),
-            ("variants", [*PICTURE, *exact], "too many for 1 samples")]:
-        codes, (first, second) = run_ranks(2, name, *flags, "--model", model, "--out", "run")
-        assert codes[0] == 2 and codes[1] in (2, 1) and second == ""
-        assert wanted in first and len(first.strip().splitlines()) == 1
-        assert not Path("run").exists()
+    codes, (first, second) = run_ranks(2, "asd", *PICTURE, "--model", model, "--out", "run")
+    assert codes[0] == 2 and codes[1] in (2, 1) and second == ""
+    assert "too many for 1 samples" in first and len(first.strip().splitlines()) == 1
+    assert not Path("run").exists()
+
+
+def test_a_phi_that_compares_all_samples_cannot_be_divided(monkeypatch):
+    """Nor can an edit, which has one picture."""
+    monkeypatch.setattr(run.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)
+    state = SimpleNamespace(generator=SimpleNamespace(batch=2), phi=SimpleNamespace())
+    run.check_divisible(state)
+    state.phi.whole = True
+    with pytest.raises(run.UserError, match="too many for 1 samples: raise --particles"):
+        run.check_divisible(state)
+    for name, value in LAUNCH.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(run.UserError, match="one process alone"):
+        run.join_processes(editing.command())
 
 
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -870,8 +901,10 @@ def test_one_process_needs_no_others(cli, monkeypatch, changes):
 
 # --------------------------------------------------------------------------- many prompts
 @pytest.fixture
-def many(cli, capsys):
+def many(cli, capsys, monkeypatch):
     """many(*flags) -> (status, stdout, stderr) of runs of one step, one a line of prompts.txt."""
+    monkeypatch.setattr(run.gc, "collect", lambda: None)    # slow here, where nothing is to be had
+
     def call(*flags, prompts="prompts.txt"):
         status = asd.main(["--prompts-file", str(prompts), "--out", "all", "--steps", "1",
                            "--method", "sds", "--model", cli.model, "--device", "cpu", *flags])
@@ -1072,11 +1105,10 @@ def test_the_table_of_flags_shows_the_defaults():
 
 # ---------------------------------------------------------------------------------- end to end
 @needs_tiny_sd
-@pytest.mark.parametrize("name", ["sds", "vsd", "asd"])
-def test_a_few_steps_of_tiny_sd(cli, name):
-    status, out, _ = cli("--model", "tiny-sd", "--method", name, "--steps", 5, "--lr", 0.1)
-    assert status == 0 and Path(out.strip()).is_file() and len(metrics("run")) == 5
+def test_a_few_steps_of_tiny_sd(cli):
+    status, out, _ = cli("--model", "tiny-sd", "--steps", 3, "--lr", 0.1)
+    assert status == 0 and Path(out.strip()).is_file() and len(metrics("run")) == 3
     for row in metrics("run"):
         assert all(math.isfinite(value) for value in row.values())
     saved = checkpoint("run")
-    assert (saved["frame.0"].float() - saved["frame.5"].float()).abs().mean() > 1
+    assert (saved["frame.0"].float() - saved["frame.3"].float()).abs().mean() > 1

@@ -72,7 +72,7 @@ def test_scene_asks_each_view_for_its_own_prompt():
     low = elevation < 50
     assert 0.75 < low.float().mean() < 0.98                       # an eighth is seen from above
     assert (elevation[low] > 4.9).all() and (elevation[low] < 35.1).all()
-    x0, cond, camera, source, _ = make_scene()()
+    x0, cond, camera, source, *_ = make_scene()()
     assert x0.shape == (3, 3, 8, 8) and cond.shape == (3, 1, 1) and camera.shape == (3, 16)
     assert source is None
 

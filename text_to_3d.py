@@ -6,11 +6,13 @@
 |------------------------------------------------|-------------|-----------------------|
 | x0 = g(θ, c), a random view c at every step    | Scene       | test_scene_…          |
 | how good it is; beside a solid of tiny/        | view_scores | test_scores_…         |
+| Perp-Neg: between two views, away from others  | between     | test_perp_neg.py      |
 
 The field and its renderer are nerf.py's, the loop is asd.py's. φ is told the camera, the prompt
 names the view. The folder gets views.png, turntable.gif, mesh.glb and viewer.html.
 """
 import inspect
+import math
 import sys
 from dataclasses import replace
 
@@ -48,18 +50,21 @@ class Scene(nn.Module):
     `overhead`: the part of the views that is seen from 62 … 80° of elevation in place of that. The
     default ranges are those tiny-sd was trained on. resolution: pixels, before and after `late` (a
     fraction of `steps`). background: "white", "random" or "learnt". sparsity, opaque: see
-    regulariser().
+    regulariser(). perp_neg: between two views the prompt is between theirs, and the others are
+    negatives (asd.perp_neg).
     """
 
     def __init__(self, prior, nerf, prompt, rng, steps, views=2, samples=48, elevation=(5.0, 35.0),
                  azimuth=(-180.0, 180.0), overhead=0.125, distance=(2.75, 3.1), fovy=(40.0, 40.0),
-                 resolution=(32, 64), late=0.3, background="white", sparsity=0.0, opaque=100.0):
+                 resolution=(32, 64), late=0.3, background="white", sparsity=0.0, opaque=100.0,
+                 perp_neg=False):
         super().__init__()
         self.prior, self.nerf, self.rng, self.steps = prior, nerf.to(prior.device), rng, steps
         self.views, self.samples, self.fovy, self.distance = views, samples, fovy, distance
         self.elevation, self.azimuth, self.overhead = elevation, azimuth, overhead
         self.resolution, self.late = resolution, late
         self.background, self.sparsity, self.opaque = background, sparsity, opaque
+        self.perp_neg = perp_neg
         # view-dependent prompts; solids.view_word states the thresholds
         self.prompts = {word: prior.encode_text([f"{prompt}, {word} view"])
                         for word in solids.VIEWS}
@@ -87,6 +92,18 @@ class Scene(nn.Module):
         return (c2w.to(self.prior.device), draw(*self.fovy),
                 torch.cat([self.prompts[word] for word in words]))
 
+    def prompts_between(self, c2w):
+        """Perp-Neg's prompts [B, L, C] of cameras; others [B, 2, L, C]; their weights [B, 2]."""
+        prompts, others, weights = [], [], []
+        for place in c2w[:, :3, 3].tolist():
+            azimuth = math.degrees(math.atan2(place[1], place[0]))
+            elevation = math.degrees(math.atan2(place[2], math.hypot(*place[:2])))
+            shares, negatives = between(elevation, azimuth)
+            prompts.append(sum(share * self.prompts[word] for word, share in shares.items()))
+            others.append(torch.cat([self.prompts[word] for word in negatives]))
+            weights.append(list(negatives.values()))
+        return torch.cat(prompts), torch.stack(others), torch.tensor(weights).to(c2w)
+
     def picture(self, c2w, size, places=None, fovy=40.0, behind=1.0):
         """A Picture [B, H, W] of the cameras; places: of the samples on the rays, as in render."""
         if self.background == "learnt":
@@ -107,6 +124,11 @@ class Scene(nn.Module):
             self.update_grid(self.rng)
         rows = torch.arange(self.views, device="cpu") if rows is None else rows
         c2w, fovy, cond = self.cameras()
+        others = weights = None
+        if self.perp_neg:
+            cond, others, weights = self.prompts_between(c2w[rows])
+        else:
+            cond = cond[rows]
         size = self.resolution[int(self.step >= self.late * self.steps)]
         behind = torch.ones(self.views, 1, 1, 3)
         if self.background == "random":
@@ -118,7 +140,8 @@ class Scene(nn.Module):
         self.opacity = picture.opacity
         rgb = F.interpolate(picture.rgb.permute(0, 3, 1, 2), self.prior.image_size,
                             mode="bilinear", align_corners=False)
-        return asd.Samples(self.prior.encode_image(rgb), cond[rows], c2w[rows].flatten(1))
+        return asd.Samples(self.prior.encode_image(rgb), cond, c2w[rows].flatten(1),
+                           others=others, other_weights=weights)
 
     def regulariser(self):
         """sparsity · E[√(o² + 0.01)] + opaque · E[H(o)] of the last views' opacities o. -> scalar.
@@ -134,6 +157,26 @@ class Scene(nn.Module):
         """-> RGB [4, 3, H, W]: front, side, back, side."""
         picture = self.picture(orbit(4).to(self.prior.device), self.prior.image_size[0])
         return picture.rgb.permute(0, 3, 1, 2).clamp(0, 1)
+
+
+def between(elevation, azimuth):
+    """Perp-Neg: the two views that a camera is between, and the negative ones. Degrees.
+
+    -> {view: its share of the prompt}, {view: its weight w}. The numbers are threestudio's: w is
+    almost 0 for the view that the camera is at.
+    """
+    def weight(a, b, c, r):
+        return -(a * math.exp(-b * r) + c)
+    away = abs((azimuth + 180) % 360 - 180)                 # from the front
+    if solids.view_word(elevation, azimuth) == "overhead":
+        return {"overhead": 1.0}, {"front": 0.0, "side": 0.0}
+    if away < 90:
+        r = 1 - away / 90                                   # 1 at the front, 0 at the side
+        return ({"front": r, "side": 1 - r},
+                {"front": weight(4, 0.5, -2.426, r), "side": weight(4, 0.5, -2.426, 1 - r)})
+    r = 2 - away / 90                                       # 1 at the side, 0 at the back
+    return ({"side": r, "back": 1 - r},
+            {"side": weight(1, 0.5, -0.606, r), "front": weight(1, 0.5, 0.967, r)})
 
 
 @torch.no_grad()
@@ -168,14 +211,17 @@ SCENE = {name: p.default for name, p in inspect.signature(Scene).parameters.item
          if p.default is not p.empty}
 
 
-# its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (--phi-model of
-# SD 2.1), its opacity term begins after 10000 steps, its background is a network
+# its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (--phi-model,
+# of SD 2.1), its opacity term begins after 10000 steps, its background is a network
 PAPER = dict.fromkeys(asd.METHODS, ("§6: threestudio's VSD setting with λ 7.5, γ −0.5", {
          "optimizer": "adamw", "beta2": 0.99, "adam_eps": 1e-15, "coarsest": 16, "width": 64,
          "lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-4, "steps": 25000, "t_late": 0.2, "late": 0.2,
          "views": 1, "samples": 512, "resolution": (64, 512), "elevation": (-10.0, 45.0),
          "overhead": 0.0, "distance": (1.0, 1.5), "fovy": (40.0, 70.0), "background": "learnt",
          "sparsity": 10.0, "opaque": 0.0, "levels": 16, "table": 19, "finest": 4096}))
+# every configuration that ASD's authors released has Perp-Neg on; the paper's text says no more
+# than threestudio's VSD, where it is off
+PAPER["asd"] = (PAPER["asd"][0] + "; Perp-Neg as released", PAPER["asd"][1] | {"perp_neg": True})
 
 
 def methods():
@@ -195,6 +241,9 @@ def check(settings):
         least, largest = getattr(settings, name)
         if least > largest:
             raise UserError(f"--{name} takes the least value first")
+    if settings.perp_neg and settings.phi == "bridge":
+        raise UserError("--perp-neg asks prompts between the views, which SDS-Bridge's φ has no "
+                        "words for: drop one of the two")
     if settings.lam_phi != 1:
         raise UserError("--lam-phi has no use in 3D: φ is given one prompt throughout")
 
@@ -207,6 +256,7 @@ def build(settings, prior, method, rng, folder, new):
                 base=settings.coarsest, finest=settings.finest, width=settings.width)
     scene = Scene(prior, nerf, settings.prompt, rng, method.steps,
                   **{name: getattr(settings, name) for name in SCENE})
+    # φ is given the view as a camera, so its prompt does not name it
     cond = prior.encode_text([settings.prompt])
     prompts, options = [settings.prompt], phi_options(settings, method.phi)
     if method.phi is LoRAPhi:

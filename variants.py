@@ -25,6 +25,10 @@ exact and --generator network.
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    import cli.start  # noqa: F401
+
 import torch
 from torch import nn
 

@@ -149,8 +149,9 @@ def write_turntable(path, frames):
 def extract_mesh(density, color, box, threshold=10.0, resolution=96, device="cpu"):
     """Marching cubes -> a trimesh.Trimesh with vertex colours (sRGB, as the pictures).
 
-    density(x [N, 3]) -> [N], color(x [N, 3]) -> RGB [N, 3]. Raises ValueError where the density is
-    nowhere above, or nowhere below, the threshold.
+    density(x [N, 3]) -> [N], color(x [N, 3]) -> RGB [N, 3]. The colours are kept twice: rounded to
+    8 bits, as trimesh has them, and as floats, the vertex attribute "rgb". Raises ValueError where
+    the density is nowhere above, or nowhere below, the threshold.
     """
     import trimesh
     from skimage.measure import marching_cubes
@@ -165,27 +166,45 @@ def extract_mesh(density, color, box, threshold=10.0, resolution=96, device="cpu
     vertices = torch.from_numpy(vertices.copy() - 1) * (2 * box / (resolution - 1)) - box
     rgb = torch.cat([color(part) for part in vertices.to(x).split(1 << 16)])
     return trimesh.Trimesh(vertices.numpy(), faces, process=False,
-                           vertex_colors=to_bytes(rgb).numpy())
+                           vertex_colors=to_bytes(rgb).numpy(),
+                           vertex_attributes={"rgb": rgb.clamp(0, 1).cpu().numpy()})
 
 
-def unlit(tree):
-    """Say in a glTF tree that the mesh shows its own colours, without lamps."""
+def linear_16_bits(rgb):
+    """Turn sRGB [N, 3] in [0, 1] into linear RGBA [N, 4] uint16, as glTF's vertex colours are.
+
+    sRGB is fine in the dark: of its darkest 64 levels 14 would be left in 8 linear bits, all in 16.
+    """
+    rgb = rgb.astype(np.float64)
+    linear = np.where(rgb < 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    # opaque; a fourth channel also keeps each vertex at a multiple of 4 bytes, as glTF wants
+    linear = np.concatenate([linear, np.ones_like(linear[:, :1])], 1)
+    return (linear * 65535).round().astype(np.uint16)
+
+
+def finish_tree(tree):
+    """Mark in a glTF tree that the attribute _COLOR is the colour, shown as it is, without lamps.
+    """
     tree["materials"] = [{"extensions": {"KHR_materials_unlit": {}}, "pbrMetallicRoughness": {
         "metallicFactor": 0.0, "roughnessFactor": 1.0}}]
     tree["extensionsUsed"] = ["KHR_materials_unlit"]
     for primitive in tree["meshes"][0]["primitives"]:
         primitive["material"] = 0
+        attributes = primitive["attributes"]
+        attributes["COLOR_0"] = attributes.pop("_COLOR")
+        # 0 … 65535 mean 0 … 1
+        tree["accessors"][attributes["COLOR_0"]]["normalized"] = True
 
 
 def write_mesh(folder, mesh):
     """Write mesh.glb (y is up, colours linear, unlit: as glTF has them) and viewer.html."""
-    turned = mesh.copy()
-    turned.vertices = mesh.vertices[:, [1, 2, 0]]                        # z up -> y up
-    srgb = mesh.visual.vertex_colors[:, :3] / 255
-    linear = np.where(srgb < 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    turned.visual.vertex_colors = (linear * 255).round().astype(np.uint8)
+    import trimesh
+    rgb = mesh.vertex_attributes["rgb"]
+    # trimesh itself writes colours with 8 bits, but attributes as they are
+    turned = trimesh.Trimesh(mesh.vertices[:, [1, 2, 0]], mesh.faces, process=False,   # y is up
+                             vertex_attributes={"_COLOR": linear_16_bits(rgb)})
     with moved_into(folder / "mesh.glb") as temporary:
-        temporary.write_bytes(turned.export(file_type="glb", tree_postprocessor=unlit))
+        temporary.write_bytes(turned.export(file_type="glb", tree_postprocessor=finish_tree))
     page = VIEWER.read_text("utf-8")
     for name, array, kind in (("place", turned.vertices, "<f4"),
                               ("color", mesh.visual.vertex_colors[:, :3], "u1"),

@@ -15,11 +15,13 @@ import re
 import signal
 import socket
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -60,7 +62,7 @@ def final_picture(folder, settings, prior, state):
     return folder / "final.png"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Command:
     """What one of the commands adds to what they share; by default it makes pictures of prompts."""
     name: str                     # "asd.py"
@@ -82,6 +84,12 @@ class Command:
     preview: Callable = nothing   # (folder, state): writes pictures beside progress.png
     finish: Callable = final_picture                      # … -> the picture to name
     divisible: bool = True        # whether several processes can divide its samples
+    elsewhere: str = ""           # where other methods are, for the line about an unknown one
+
+    def __post_init__(self):
+        """A row's φ that has no name of its own goes by the row's."""
+        self.phis = self.phis | {name: row.phi for name, row in self.methods.items()
+                                 if row.phi not in self.phis.values()}
 
     @property
     def choices(self):
@@ -152,6 +160,14 @@ def out_of_memory(error):
         re.search("DefaultCPUAllocator|ation overflow", str(error)))
 
 
+def show_warning(name, message, *_):
+    """Print a warning in a line, of process 0 alone; takes what warnings.showwarning takes."""
+    from tqdm import tqdm
+    if process_number() == 0:
+        with tqdm.external_write_mode(sys.stderr):       # a bar goes on below the line
+            say(name, message)
+
+
 MISTAKES = (UserError, FloatingPointError, OSError, SafetensorError, ImportError, Warning)
 
 
@@ -161,7 +177,9 @@ def guarded(name, work, memory="--micro-batch 1 or --checkpointing", mistakes=()
     Of several processes only number 0 speaks. memory: what helps where there is too little.
     """
     open_streams()
-    with redirect_stderr(Forgiving(sys.stderr)):
+    alone = False
+    with redirect_stderr(Forgiving(sys.stderr)), warnings.catch_warnings():
+        warnings.showwarning = partial(show_warning, name)
         try:
             status = work() or 0
             flush_stdout()
@@ -170,7 +188,7 @@ def guarded(name, work, memory="--micro-batch 1 or --checkpointing", mistakes=()
             line = str(mistake).strip() or type(mistake).__name__
             if isinstance(mistake, ImportError):
                 line += ": pip install -r requirements.txt"
-            status = 2
+            status, alone = 2, isinstance(mistake, Alone)
         except KeyboardInterrupt as stop:
             line, status = f"stopped{''.join(map(str, stop.args))}", 130
             if process_number() == 0:
@@ -179,7 +197,7 @@ def guarded(name, work, memory="--micro-batch 1 or --checkpointing", mistakes=()
             if not out_of_memory(error):
                 raise
             line, status = f"out of memory: try {memory}", 2
-        if process_number() == 0:
+        if process_number() == 0 or alone:
             say(name, line)
         return status
 
@@ -196,6 +214,13 @@ def process_number():
     return int(rank) if launched() and rank.isdecimal() else 0
 
 
+class Alone(UserError):
+    """This process waited in vain for the others, so it speaks for itself."""
+
+
+PATIENCE = timedelta(seconds=60)             # with the other processes, at the start
+
+
 def join_processes(command):
     """Join the processes that torchrun or accelerate started, if there are several."""
     if not launched():
@@ -204,6 +229,8 @@ def join_processes(command):
         if not os.environ.get(name, "").isdecimal():
             raise wrong_launch(f"{name} is no number, as torchrun sets it")
     size, host = int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    if int(os.environ["MASTER_PORT"]) > 65535:
+        raise wrong_launch("MASTER_PORT is above 65535")
     if process_number() >= size:
         raise wrong_launch(f"RANK is {process_number()}, WORLD_SIZE {size}")
     if size == 1:
@@ -215,7 +242,15 @@ def join_processes(command):
     except OSError as error:
         raise wrong_launch(f"MASTER_ADDR {host}: {error.strerror}") from error
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store.set(f"joined {rank}", "")
+        store.wait([f"joined {other}" for other in range(size)], PATIENCE)
+    except RuntimeError as error:
+        raise Alone(f"the other processes of WORLD_SIZE {size} have not come within "
+                    f"{PATIENCE.seconds} s: unset RANK to run one process") from error
+    dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=rank,
+                            world_size=size)
     if process_number() == 0:                         # torchrun stops all where one has ended
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
@@ -330,9 +365,11 @@ class Run:
                   f"{', '.join(shown)}")
         self.write_config()
         texts = [*self.command.prompts(settings), *getattr(self.state.phi, "texts", [])]
-        unknown = {word for text in texts for word in self.prior.unknown_words(text)}
+        unknown = sorted({word for text in texts for word in self.prior.unknown_words(text)})
+        if len(unknown) <= 4:                         # more would not fit into a line
+            unknown = [with_nearest(self.prior, word) for word in unknown]
         if unknown:
-            say(name, f"{self.prior.name} has never seen: {', '.join(sorted(unknown))}")
+            say(name, f"{self.prior.name} has never seen: {', '.join(unknown)}")
         self.film = {round(i * self.method.steps / 9) for i in range(10)}
         if 0 not in self.frames:
             self.frames[0] = self.frame()
@@ -407,6 +444,12 @@ class Run:
         picture = self.command.finish(self.folder, self.settings, self.prior, self.state)
         self.write_config(picture=picture.name)
         print(picture)
+
+
+def with_nearest(prior, word):
+    """A word that the prior has never seen, with those it knows that are spelt most like it."""
+    near = prior.nearest_words(word)
+    return f"{word} (nearest: {', '.join(near)})" if near else word
 
 
 # --------------------------------------------------------------------------------- the command line

@@ -212,6 +212,8 @@ class SceneSettings(Equation, VariantPhi, Optimiser, Model, Run, PromptsFile):
     background: Literal["white", "random", "learnt"] = flag("behind the scene")
     sparsity: Number = flag("weight against fog")
     opaque: Number = flag("weight against half-tones")
+    perp_neg: bool = flag("Perp-Neg: between two views the prompt is between theirs, and the other "
+                          "views are negatives")
     blob: Number = flag("density at the origin at the start", 10.0)
     blob_radius: float = flag("where it ends", 0.5, ge=1e-3, le=1e30)
     levels: int = flag("of the hash grid", 8, ge=1, le=32)
@@ -389,7 +391,8 @@ def row_defaults(command, given):
     if method is None:
         raise UserError(f"give a --method, one of {', '.join(command.methods)}")
     if method not in command.methods:
-        raise UserError(f"unknown method {method!r}: choose one of {', '.join(command.methods)}")
+        raise UserError(f"unknown method {method!r}: choose one of {', '.join(command.methods)}"
+                        + command.elsewhere)
     column = given.get("settings", "paper")
     if given.get("model", "tiny-sd") == "tiny-sd":
         column = given.get("settings", "tiny")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import asd
-import files
 import nerf
+from cli import files
 from tiny import data, judge, make
 from tiny.make import HERE
 

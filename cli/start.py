@@ -1,0 +1,25 @@
+"""cli/start.py — the first import of a command: from then on what stops another is one line.
+
+Importing torch takes seconds, in which one may press Ctrl-C, and it may be missing. This file
+needs Python alone.
+"""
+import sys
+from pathlib import Path
+
+
+def one_line(kind, error, trace):
+    """As sys.excepthook: end the program in a line, with status 130 for Ctrl-C, 2 for imports."""
+    if issubclass(kind, KeyboardInterrupt):
+        line, status = "stopped", 130
+    elif issubclass(kind, ImportError):
+        line, status = str(error), 2
+        if issubclass(kind, ModuleNotFoundError):
+            line += ": copy all of the folder, and pip install -r requirements.txt"
+    else:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+sys.excepthook = one_line
