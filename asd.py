@@ -355,6 +355,8 @@ class Method:
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of "
                                  f"{', '.join(known)}")
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}")
 
 
 T_ORDERS = ("random", "descending")

@@ -31,6 +31,10 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    import cli.start  # noqa: F401
+
 import torch
 from torch import nn
 
@@ -173,7 +177,10 @@ def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callb
     method: an Edit, or a name of methods(). One φ_y and one φ_z serve the whole batch; methods
     without φ edit each picture on its own.
     """
-    method = methods()[method] if isinstance(method, str) else method
+    if isinstance(method, str):
+        if method not in methods():
+            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(methods())}")
+        method = methods()[method]
     if method.optimizer == "sgd":                # the loop's loss is the mean over the batch
         method = replace(method, lr=method.lr * len(images))
     rng = torch.Generator().manual_seed(seed)

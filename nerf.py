@@ -996,6 +996,7 @@ def fit_in(folder, settings, nerf, learnt, held_out):
         raise FloatingPointError("the fitted scene is not finite: try a smaller --lr")
     print(f"PSNR on {len(truth)} held-out views: {psnr(seen, truth):.2f} dB; {seconds:.0f} s")
     write_rows(folder / "truth.png", [truth[:8], seen[:8]])            # above, below
+    print("makes the views, the turntable and the mesh", flush=True)
     print(write_all(folder, nerf, settings.threshold))
 
 

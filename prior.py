@@ -512,8 +512,9 @@ class Prior:
     def eps_of(self, network, x_t, t, cond, **kwargs):
         """The same for another view of the network, φ's, whatever the canvas."""
         with full_precision():
-            tokens, pooled = self.unpack(cond.to(self.dtype))
-            output = self.family.predict(self, network, x_t.to(self.dtype), t, tokens, pooled,
+            dtype = self.dtype                   # looks at all weights: once is enough
+            tokens, pooled = self.unpack(cond.to(dtype))
+            output = self.family.predict(self, network, x_t.to(dtype), t, tokens, pooled,
                                          **kwargs)
             return to_eps(output.float(), x_t, *self.alpha_sigma(t), self.prediction_type)
 

@@ -78,11 +78,11 @@ def test_a_generator_and_a_loop_of_ones_own(folder, number):
 
 
 def test_a_prior_without_a_network(folder, capsys):
-    """All 350 steps: eight points arrive at the mean of their Gaussian, 1, and φ has moved."""
+    """All 350 steps: the points' mean, all that its φ learns of them, arrives at the prior's, 1."""
     Path("program.py").write_text(PROGRAMS[2], "utf-8")
     names = runpy.run_path("program.py")
-    assert abs(float(capsys.readouterr().out) - 1) < 0.2
-    assert names["row"].phi_lr == 0.01
+    assert abs(float(capsys.readouterr().out) - 1) < 0.15
+    assert names["row"].steps == 350
 
 
 # ---------------------------------------------------------------------------- what does not fit
@@ -223,7 +223,7 @@ def test_the_card_lists_what_can_be_asked(tiny):
 
 
 # ------------------------------------------------------------------------------ the first seconds
-@pytest.mark.parametrize("command", ["asd", "variants"])
+@pytest.mark.parametrize("command", ["asd", "editing"])
 @pytest.mark.parametrize("what, status, words", [
     ("raise KeyboardInterrupt", 130, "stopped"),
     ("raise ModuleNotFoundError(\"No module named 'torch'\")", 2,

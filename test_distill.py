@@ -1352,16 +1352,13 @@ def run_process_case(changes, with_real, micro_batch=None):
     return tensors(state) | {"metrics": metrics.double()}
 
 
-def run_in_a_process(rank, world, folder, tiny):
+def run_in_a_process(rank, world, folder):
     """Each case as one of `world` processes -> folder/{case}-{world}-{rank}.safetensors."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}",
                                          rank=rank, world_size=world)
     for name, (changes, with_real) in PROCESS_CASES.items():
         end = run_process_case(changes, with_real, micro_batch=2)
         save_file(end, f"{folder}/{name}-{world}-{rank}.safetensors")
-    if tiny is not None:
-        state, _ = go(tiny, method_of(steps=2), particles=2)
-        save_file(tensors(state), f"{folder}/tiny-sd-{world}-{rank}.safetensors")
     if world > 1:
         class Undivided(Particles):
             def __init__(self):
@@ -1381,20 +1378,15 @@ def run_in_a_process(rank, world, folder, tiny):
 def start_processes(folder):
     """1, 2 and 4 processes, forked by an interpreter that has not yet computed a gradient."""
     torch.set_num_threads(1)
-    tiny = None
-    if (HERE / "tiny/sd/unet").is_dir():
-        tiny = Prior.from_pretrained("tiny-sd", "cpu")
-        LoRAPhi(tiny)                          # so that its imports are made once
     for world in (1, 2, 4):
-        torch.multiprocessing.start_processes(
-            run_in_a_process, (world, folder, tiny if world < 4 else None), world,
-            start_method="fork")
+        torch.multiprocessing.start_processes(run_in_a_process, (world, folder), world,
+                                              start_method="fork")
 
 
 def test_the_number_of_processes_changes_only_rounding(tmp_path):
     """1, 2 and 4 that share five samples, by micro-batches; all of them end in the same State.
 
-    And two of tiny-sd.
+    Of tiny-sd: test_runs.py.
     """
     program = f"import test_distill; test_distill.start_processes({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", program], cwd=HERE, check=True, timeout=120)
@@ -1409,10 +1401,6 @@ def test_the_number_of_processes_changes_only_rounding(tmp_path):
             for part in ("theta.0", "phi.0", "metrics"):
                 torch.testing.assert_close(ends[0][part], alone[part], rtol=1e-10, atol=1e-10)
             assert torch.equal(ends[0]["rng"], alone["rng"])
-    if (HERE / "tiny/sd/unet").is_dir():
-        one, two, other = end_of("tiny-sd", 1), end_of("tiny-sd", 2), end_of("tiny-sd", 2, 1)
-        assert same(two, other)
-        torch.testing.assert_close(two["theta.0"], one["theta.0"], rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------- distill's own behaviour

@@ -152,16 +152,3 @@ def test_copied_into_an_empty_folder(files, source, tmp_path):
     done = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env=clean, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_command_is_not_loaded_twice():
-    """What runs is the module itself: nothing that it imports imports it again."""
-    files = "asd", "variants", "editing", "text_to_3d", "nerf", "tiny/make"
-    running = [subprocess.Popen(
-        [sys.executable, "-X", "importtime", HERE / f"{file}.py", "--help"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE) for file in files]
-    for file, process in zip(files, running):
-        out, err = process.communicate()
-        loaded = {line.split("|")[-1].strip() for line in err.splitlines() if "|" in line}
-        assert process.returncode == 0 and "usage: " + Path(file).name in out
-        assert "torch" in loaded and not loaded & {file, file.replace("/", ".")}, file

@@ -15,6 +15,11 @@ import inspect
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    import cli.start  # noqa: F401
 
 import torch
 from torch import nn

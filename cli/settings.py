@@ -46,6 +46,7 @@ Latitude = Annotated[float, Field(ge=-90, le=90)]
 Distance = Annotated[float, Field(ge=1e-3, le=1e6)]
 Angle = Annotated[float, Field(ge=1, le=170)]
 Pixels = Annotated[int, Field(ge=4, le=8192)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=0, le=2 ** 63 - 1)]
 Kernels = Literal["auto", "torch", "triton"]
 
@@ -134,7 +135,7 @@ class Model(Settings):
 class Run(Settings):
     seed: Seed = flag("of all randomness", 0)
     micro_batch: Count | None = flag("pictures at a time (default: all)", None)
-    threads: Count | None = flag("of torch, on the CPU (default: torch's own choice)", None)
+    threads: Threads | None = flag("of torch, on the CPU (default: torch's own choice)", None)
     save_every: Count = flag("steps between checkpoints", 50)
     out: Text | None = flag("the folder (default outputs/METHOD-PROMPT-SEED)", None, exclude=True)
     resume: Text | None = flag("go on with the run in this folder", None, exclude=True)
@@ -243,7 +244,7 @@ class FitSettings(Settings):
     threshold: Positive = flag("density of the mesh's surface", 10.0)
     kernels: Kernels = flag("auto is Triton on CUDA", "auto")
     device: Text = flag("cpu, cuda, …; auto is cuda where there is one", "auto")
-    threads: Count | None = flag("of torch, on the CPU (default: torch's own choice)", None)
+    threads: Threads | None = flag("of torch, on the CPU (default: torch's own choice)", None)
     seed: Seed = flag("of all randomness", 0)
     out: Text | None = flag("the folder (default outputs/fit-SCENE)", None, exclude=True)
 
