@@ -418,7 +418,10 @@ def measure(settings, prior, state, images):
     for i, (before, after) in enumerate(zip(state.generator.shown().split(1), images.split(1))):
         thing = i % len(targets)
         rows.append(distances(before, after, sources[thing], targets[thing]))
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    means = {}
+    for name in rows[0]:
+        means[name] = sum(row[name] for row in rows) / len(rows)
+    return means
 
 
 def finish(folder, settings, prior, state):

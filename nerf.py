@@ -749,7 +749,12 @@ def posed_folder(folder, size, place_type=torch.float32):
     test = torch.arange(len(posed.color)) % 8 == 7
     if not test.any():
         raise ValueError(f"{folder} has {len(test)} pictures: 8 are needed, to hold one out")
-    return tuple(Posed(*(v[part] for v in posed)) for part in (~test, test))
+    return some_of(posed, ~test), some_of(posed, test)
+
+
+def some_of(posed, part):
+    """Posed pictures with these numbers, or of this slice or mask."""
+    return Posed(*(tensor[part] for tensor in posed))
 
 
 # ------------------------------------------------------------------------- a scene of any scale
@@ -890,7 +895,7 @@ def builtin_scene(kind, color, views=40, held_out=8, size=64, seed=0):
     elevation, azimuth = torch.rand(2, views + held_out, generator=rng)
     c2w = camera_to_world(90 * elevation - 20, 360 * azimuth, 2.7)
     posed = solid_pictures(kind, color, c2w, size=size)
-    return tuple(Posed(*(v[part] for v in posed)) for part in (slice(views), slice(views, None)))
+    return some_of(posed, slice(views)), some_of(posed, slice(views, None))
 
 
 # ----------------------------------------------------------------------------------- command line

@@ -180,15 +180,16 @@ class Bridge(NoisePhi):
         super().__init__()
         if not as_list(prompts):
             raise ValueError("SDS-Bridge's φ is made for its prompts: Bridge(prior, prompts, …)")
-        start = bridge_start if bridge_start is not None else 0.5 if source_words is None else 0.0
+        if bridge_start is None:
+            bridge_start = 0.5 if source_words is None else 0.0
         words = [BRIDGE_SOURCE if source_words is None else source_words,
                  BRIDGE_TARGET if target_words is None else target_words]
         self.prior, self.lam, self.ode_steps = prior, lam, bridge_steps
-        self.first, self.bridging, self.texts = round(start * steps), False, words
-        self.plain = prior.encode_text(as_list(prompts))
-        self.source, self.target = (
-            prior.encode_text([with_words(prompt, extra) for prompt in as_list(prompts)])
-            for extra in words)
+        self.first, self.bridging, self.texts = round(bridge_start * steps), False, words
+        prompts = as_list(prompts)
+        self.plain = prior.encode_text(prompts)
+        self.source = prior.encode_text([with_words(prompt, words[0]) for prompt in prompts])
+        self.target = prior.encode_text([with_words(prompt, words[1]) for prompt in prompts])
 
     def prompts(self, step, y, null):
         """In the second stage the source stands in for ∅, and the target's words follow y."""

@@ -100,8 +100,8 @@ def make(jobs, part="1/1"):
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--part {part} is no part: 1/2 is the first of two")
-    mine = jobs[int(number) - 1::int(parts)]
-    missing = [job for job in mine if not job.file.exists()]
+    own_jobs = jobs[int(number) - 1::int(parts)]
+    missing = [job for job in own_jobs if not job.file.exists()]
     minutes = round(sum(job.minutes for job in missing))
     with threads_kept(), tqdm(total=minutes, desc=f"part {part}", unit="min",
                               disable=not missing) as bar:
