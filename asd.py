@@ -787,7 +787,7 @@ def make_samples(generator, cond):
     else:
         raise ValueError("several processes need a generator with `batch` and forward(rows)")
     samples = Samples(*out) if isinstance(out, tuple) else Samples(out)
-    if samples.x0.dim() != 4:
+    if samples.x0.dim() != 4 or len(samples.x0) == 0:
         raise ValueError(f"a generator's x0 is [B, C, H, W], not {list(samples.x0.shape)}")
     if samples.cond is None:
         if len(cond) not in (1, n):

@@ -417,6 +417,8 @@ class Prior:
         """
         if isinstance(prompts, str):
             prompts = [prompts]
+        if not len(prompts):
+            raise ValueError("no prompt is given: \"\" is the null prompt")
         for prompt in prompts:
             if prompt not in self.encoded:
                 self.encoded[prompt] = self.encode_one(prompt)

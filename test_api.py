@@ -110,6 +110,7 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("shape, cond, options, words", [
     ((4, 16, 16), "a fox", {}, r"x0 is [B, C, H, W], not [4, 16, 16]"),
     ((2, 4, 16, 16), ["a fox"] * 3, {}, "3 prompts for 2 samples"),
+    ((0, 4, 16, 16), "a fox", {}, "x0 is [B, C, H, W], not [0, 4, 16, 16]"),
     ((2, 3, 64, 64), "a fox", {}, "x_t is (3, 64, 64), but tiny-sd was trained on latents of"),
     ((2, 4, 16, 16), "a fox", {"real": torch.zeros(5, 3, 64, 64)},
      "real is [5, 3, 64, 64], the generator's x0 [2, 4, 16, 16]"),
@@ -146,6 +147,15 @@ def test_a_prior_is_asked_in_batches_of_one_size(tiny, n, times, prompts):
 def test_a_discriminator_names_pictures_that_exist():
     with pytest.raises(ValueError, match="unknown pictures 'sorce': choose generated, source"):
         asd.Discriminator(asd.NoisePhi(), torch.zeros(1, 32, 128), at="sorce")
+
+
+def test_no_prompts_and_no_method_of_an_edit(tiny):
+    with pytest.raises(ValueError, match="no prompt is given"):
+        tiny.encode_text([])
+    with pytest.raises(ValueError, match="unknown method 'x': choose one of"):
+        editing.edit(tiny, torch.zeros(1, 3, 64, 64), ["a fox"], ["a cat"], method="x")
+    with pytest.raises(ValueError, match="t_min 0.5 is above t_max 0.4"):
+        asd.Method(t_min=0.5, t_max=0.4)
 
 
 def test_one_text_is_one_prompt(tiny):
