@@ -217,7 +217,8 @@ SCENE = {name: p.default for name, p in inspect.signature(Scene).parameters.item
 
 
 # its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (--phi-model,
-# of SD 2.1), its opacity term begins after 10000 steps, its background is a network
+# of SD 2.1), its opacity term begins after 10000 steps, its background is a network, its
+# AdamW decays φ's weights, too
 PAPER = dict.fromkeys(asd.METHODS, ("§6: threestudio's VSD setting with λ 7.5, γ −0.5", {
          "optimizer": "adamw", "beta2": 0.99, "adam_eps": 1e-15, "coarsest": 16, "width": 64,
          "lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-4, "steps": 25000, "t_late": 0.2, "late": 0.2,
