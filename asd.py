@@ -838,6 +838,8 @@ def one_step(prior, state, cond, method, null, micro_batch=None):
     if state.real is not None and state.real.shape[1:] != samples.x0.shape[1:]:
         raise ValueError(f"real is {list(state.real.shape)}, the generator's x0 "
                          f"{list(samples.x0.shape)}: real samples are latents, too")
+    if method.shift and samples.source is None:
+        raise ValueError("shift needs the source pictures of an edit: see editing.py")
     step = Step(prior, method, state.step, null, n)
     real = None if state.real is None else "real"
     discriminators = [Discriminator(state.phi, samples.cond, method.gamma, method.eta, real=real)]

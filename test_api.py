@@ -117,6 +117,8 @@ class Fixed(nn.Module):
     ((2, 4, 16, 16), "a fox", {"method": "csd"}, "choose one of sds, vsd, asd, or hand over a "
      "Method; variants.py has csd"),
     ((2, 4, 16, 16), "a fox", {"method": "x"}, "unknown method 'x'"),
+    ((2, 4, 16, 16), "a fox", {"method": replace(asd.METHODS["sds"], shift=1.0)},
+     "shift needs the source pictures of an edit"),
     ((2, 4, 16, 16), "a fox", {"micro_batch": 0}, "micro_batch must be at least 1, not 0"),
     ((2, 4, 16, 16), torch.zeros(1, 77, 768), {}, "[77, 768], those of this prior [32, 128]"),
     ((2, 4, 16, 16), torch.zeros(32, 128), {}, "cond is prompt embeddings [1 or B, L, C]")])

@@ -141,7 +141,9 @@ TIMED = {"sds": {}, "vsd": {}, "asd": {}, "shared": {"share_noise": True}, "brid
 def times(rounds=15, steps=8):
     """Milliseconds a step of one picture, in turns. -> float32 [rounds, len(TIMED)]."""
     prior = asd.Prior.from_pretrained("tiny-sd")
-    ms = [[time_of_a_step(prior, name, steps) for name in TIMED] for _ in range(rounds)]
+    ms = []
+    for _ in range(rounds):
+        ms.append([time_of_a_step(prior, name, steps) for name in TIMED])
     return {"ms": torch.tensor(ms)}
 
 
@@ -201,7 +203,9 @@ def measures(images, r):
     prompt.
     """
     rows = [picture_measures(image) for image in (images / 255).split(1)]
-    found = {measure: [row[measure] for row in rows] for measure in ("saturation", "sharpness")}
+    found = {}
+    for measure in ("saturation", "sharpness"):
+        found[measure] = [row[measure] for row in rows]
     seen, texts = features(images)
     own = torch.stack([features(x)[0].mean(0) for x in r["samples"]["samples"]])
     found["score"] = (seen * texts).sum(1).tolist()
@@ -410,8 +414,9 @@ def tests_lmc(r):
     tests = {"at λ 2: score, LMC − SDS": gap(r, "score", "lmc", "sds@2"),
              "score, LMC at 2 − SDS at 7.5": gap(r, "score", "lmc", "sds@7.5"),
              "saturation, SDS at 7.5 − LMC at 2": gap(r, "saturation", "sds@7.5", "lmc")}
-    off = {key: [abs(x) for x in gap(r, "sharpness", key, "samples")]
-           for key in ("sds@7.5", "ms-sds", "lmc", "lmc, fixed ε")}
+    off = {}
+    for key in ("sds@7.5", "ms-sds", "lmc", "lmc, fixed ε"):
+        off[key] = [abs(x) for x in gap(r, "sharpness", key, "samples")]
     for lmc in ("lmc", "lmc, fixed ε"):
         for key in ("sds@7.5", "ms-sds"):
             test = f"sharpness off the samples', {LABELS[key]} − {LABELS[lmc]}"

@@ -161,8 +161,10 @@ def measures(results):
             kids.append(kid(real, fake))
             scores.append((image_features(clip, fake / 255) @ word).mean().item())
         return kids, scores
-    return {name: torch.tensor([of_a_run(run) for run in runs]).unbind(1)
-            for name, runs in rows.items()}
+    found = {}
+    for name, runs in rows.items():
+        found[name] = torch.tensor([of_a_run(run) for run in runs]).unbind(1)
+    return found
 
 
 def differences(measured):

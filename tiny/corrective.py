@@ -94,8 +94,8 @@ def load_bias(prior, path=None):
         reason = (more or [first])[0].strip()[:100]
         raise ValueError(f"{path} is no corrective for {prior.name} ({reason}): {mend}") from error
     if own and about.get("unet") != fingerprint(*prior.network.parameters()):
-        whose = "another" if about.get("model") == name else about.get("model")
-        raise ValueError(f"{path} was trained for {whose}, not for this {name}: {mend}")
+        other = "another" if about.get("model") == name else about.get("model")
+        raise ValueError(f"{path} was trained for {other}, not for this {name}: {mend}")
     return network
 
 

@@ -363,11 +363,11 @@ def export(folder, pipe):
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(data.DATA / "tokenizer" / name, Path(folder) / "tokenizer" / name)
     for config in (*Path(folder).glob("*/config.json"), Path(folder) / "model_index.json"):
-        told = json.loads(config.read_text())
-        told.pop("_name_or_path", None)                        # a place on this machine
-        if "dtype" in told:      # in which transformers loads; diffusers in float32 where unasked
-            told["dtype"] = "float32"
-        config.write_text(json.dumps(told, indent=2) + "\n")
+        values = json.loads(config.read_text())
+        values.pop("_name_or_path", None)                        # a place on this machine
+        if "dtype" in values:      # in which transformers loads; diffusers in float32 where unasked
+            values["dtype"] = "float32"
+        config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def write_folder(folder, write):
@@ -454,26 +454,26 @@ def eps_errors(pipe, pictures, captions):
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t)).to(x0)
         times = torch.full((len(x0),), t, device=x0.device)
         parts = zip(*(v.split(50) for v in (scheduler.add_noise(x0, eps, times), times, words)))
-        said = torch.cat([pipe.unet(*part).sample for part in parts])
-        errors[t] = round((said - eps).square().mean().item(), 5)
+        predicted = torch.cat([pipe.unet(*part).sample for part in parts])
+        errors[t] = round((predicted - eps).square().mean().item(), 5)
     return errors
 
 
 def views_named(pipe, clip, tokenizer, pictures, rows, seed):
     """How often tiny-clip names the view that was asked for, of the solids that have a front."""
     of = [row for row in rows if other_views(row)]
-    asked = random.Random(2).sample(of, 100)
-    real = torch.stack([pictures[rows.index(row)] for row in asked]).float() / 255
-    sampled = sample_images(pipe, [row["captions"][0] for row in asked], seed)
+    chosen = random.Random(2).sample(of, 100)
+    real = torch.stack([pictures[rows.index(row)] for row in chosen]).float() / 255
+    sampled = sample_images(pipe, [row["captions"][0] for row in chosen], seed)
     right = {}
     for name, images in (("sampled", sampled), ("real", real)):
         hits = {view: [] for view in solids.VIEWS}
-        for image, row in zip(image_features(clip, images), asked, strict=True):
+        for image, row in zip(image_features(clip, images), chosen, strict=True):
             scores = text_features(clip, tokenizer, other_views(row)) @ image
             found = other_views(row)[scores.argmax()]
             hits[row["captions"][0].split()[-2]].append(found == row["captions"][0])
         right[name] = {view: round(sum(of) / len(of), 2) for view, of in hits.items()} \
-            | {"all": sum(map(sum, hits.values())) / len(asked)}
+            | {"all": sum(map(sum, hits.values())) / len(chosen)}
     return right
 
 
