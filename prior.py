@@ -488,14 +488,16 @@ class Prior:
             mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean
         return (F.pixel_unshuffle(mean.float(), self.patch) - self.center) * self.scale
 
-    def decode(self, x0):
-        """x0 [B, C, H, W] -> RGB in [0, 1], float32. FloatingPointError where x0 is not finite."""
+    def decode(self, x0, clamp=True):
+        """x0 [B, C, H, W] -> RGB in [0, 1], float32; clamp=False: as the decoder has it, which may
+        lie outside. FloatingPointError where x0 is not finite."""
         if not x0.isfinite().all():
             raise FloatingPointError("latents that are not finite cannot be made a picture")
         z = F.pixel_shuffle(x0 / self.scale + self.center, self.patch)
         with full_precision():                           # four at once: to bound the memory
             rgb = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in z.split(4)]
-        return (torch.cat(rgb) / 2 + 0.5).clamp(0, 1)
+        images = torch.cat(rgb) / 2 + 0.5
+        return images.clamp(0, 1) if clamp else images
 
     def eps(self, x_t, t, cond):
         """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.

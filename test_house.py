@@ -15,8 +15,9 @@ HERE = Path(__file__).resolve().parent
 # from the top floor down: a file imports, even lazily, only from floors below its own
 FLOORS = """
 claims.__main__
-claims.solids claims.edits claims.student
+claims.tuning claims.solids claims.edits claims.student
 claims.pictures claims.exact
+claims.measures claims.runs
 claims.work
 editing text_to_3d
 variants

@@ -27,7 +27,7 @@ import asd
 import prior as prior_file
 import variants
 from asd import NoisePhi, State
-from claims import exact as exact_claim
+from claims.exact import mmd
 from cli.files import load_tensors, tensors
 from conftest import GaussianMixture, cosine, particle_eps, randn
 from prior import Latents, ddim_samples, ode_end, one_step_x0
@@ -48,6 +48,7 @@ from test_runs import caller, contents, metrics, model  # noqa: F401 (a fixture)
 from test_runs import one_line as of_a_command
 from tiny import corrective, data, training
 from tiny.corrective import Bias, save_bias
+from tiny.exact import two_rings
 from variants import (
     CSD,
     CSD_SCHEDULES,
@@ -673,7 +674,7 @@ def test_exact_wants_gamma_above_minus_one(prior, gamma):
 
 def test_exact_spreads_the_particles_of_the_loop():
     """claims/exact.py's experiment through distill(): SDS collapses, an exact φ covers."""
-    exact, distances = ExactPrior(exact_claim.two_rings(), words=["y", "z"]), {}
+    exact, distances = ExactPrior(two_rings(), words=["y", "z"]), {}
 
     class Particles(nn.Module):
         def __init__(self):
@@ -688,7 +689,7 @@ def test_exact_spreads_the_particles_of_the_loop():
                             lr_end=0.0, steps=100)
         state = State(Particles(), asd.make_phi(method, exact, "y"), method, rng(1))
         asd.distill(exact, state.generator, exact.encode_text(["y"]), method, state=state)
-        distances[name] = exact_claim.mmd(state.generator.theta.detach().flatten(1), exact.mixture)
+        distances[name] = mmd(state.generator.theta.detach().flatten(1), exact.mixture)
     assert distances["sds"] > 0.5 and distances["guided"] > 0.3, distances
     assert distances["vsd"] < 0.2 and distances["asd"] < 0.2, distances
 

@@ -1,154 +1,109 @@
-"""edits.py — Eq. 11 and Delta Denoising Score: sixty edits of the paper's three kinds, Fig. 9."""
-from dataclasses import replace
-
+"""edits.py — Eq. 11 against Delta Denoising Score: forty edits of the paper's kinds, Fig. 9."""
+import numpy as np
 import torch
 
-import asd
-import editing
-from claims.pictures import LATE, SIDE, SMALL, OwnLoRA, features, keep_late, minus
-from claims.work import Claim, Job, numbers_of
-from cli.pictures import picture_measures, sheet, to_bytes
-from prior import ddim_samples
-from tiny.data import articled
-from tiny.judge import clip_features, distances
+from claims import runs
+from claims.measures import PROMPTS, features
+from claims.pictures import SHOWN, SIDE, short
+from claims.work import SOURCES, Claim, Job
+from cli.pictures import sheet
+from tiny.data import STYLES
+from tiny.judge import load_judge, text_features
+from tiny.solids import COLORS
 
-# neighbours are alike, as replacement makes each the next one
-CONCEPTS = """fox,cat,dog,tiger,lion,panda,penguin,owl,frog,snail,whale,red apple,cherries,
-strawberry,pineapple,hamburger,pizza,mushroom,rocket,guitar""".replace("\n", "").split(",")
-KINDS = {  # kind of edit: the style before and after, how far down the list the concept moves
-    "simplification": ("a 3d render of", "a flat icon of", 0),
-    "refinement": ("a flat icon of", "a 3d render of", 0),
-    "replacement": ("a 3d render of", "a 3d render of", 1),
-}
-# what edits: a method, and a reading of the second discriminator's Eq. 9 (editing.Edit)
-ROWS = {"dds": ("dds", "eq9"), "asd": ("asd", "eq9"), "swapped": ("asd", "swapped"),
-        "both": ("asd", "both"), "lmc": ("lmc", "eq9")}
+RENDER, ICON, DRAWING = STYLES
+# four rates, or guidances, of each method: how far it goes
+ROWS = {"dds": ("lr", (0.015, 0.03, 0.06, 0.12)), "asd": ("lr", (0.015, 0.03, 0.06, 0.12)),
+        "flowedit": ("lam", (1.5, 2.0, 3.0, 4.5))}
 
 
-def edit_prompts(kind):
-    """([20 source prompts], [20 targets])."""
-    before, after, further = KINDS[kind]
-    moved = CONCEPTS[further:] + CONCEPTS[:further]
-    return ([f"{before} {articled(concept)}" for concept in CONCEPTS],
-            [f"{after} {articled(concept)}" for concept in moved])
+def edit_prompts():
+    """The test prompts and what each is to become.
 
-
-def sampled(prior, prompts, seed):
-    """The prior's own pictures, each from its own noise -> RGB [N, 3, H, W]."""
-    rng = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(prompts), *prior.shape, generator=rng)
-    return prior.decode(ddim_samples(prior, prompts, noise)).cpu()
-
-
-def edited(kind, row):
-    """Twenty samples of the prior, edited; each with a φ_y and a φ_z of its own.
-
-    -> {"before", "unrelated" (a picture of the target that does not know the source): uint8
-    [20, 3, H, W], "late": [5, 20, 3, H, W] at LATE of the steps}.
+    Renders become icons (simplification) and icons renders (refinement); a drawn thing becomes the
+    next one, a solid gets the next colour (replacement).
     """
-    prior, (method, phi_z) = asd.Prior.from_pretrained("tiny-sd"), ROWS[row]
-    method, late = replace(editing.methods()[method], phi_z=phi_z), []
-    if method.phi is asd.LoRAPhi:
-        method = replace(method, phi=OwnLoRA)
-    sources, targets = edit_prompts(kind)
-    before, unrelated = sampled(prior, sources, 0), sampled(prior, targets, 1)
-    editing.edit(prior, before, sources, targets, method, callback=keep_late(late, method.steps))
-    return {"before": to_bytes(before), "unrelated": to_bytes(unrelated),
-            "late": torch.stack(late)}
+    sources, targets = PROMPTS["test"], []
+    drawings = [prompt for prompt in sources if prompt.startswith(DRAWING)]
+    colors = list(COLORS)
+    for prompt in sources:
+        if prompt.startswith(RENDER):
+            target = prompt.replace(RENDER, ICON)
+        elif prompt.startswith(ICON):
+            target = prompt.replace(ICON, RENDER)
+        elif prompt.startswith(DRAWING):
+            target = drawings[(drawings.index(prompt) + 1) % len(drawings)]
+        else:
+            color = prompt.split()[1]
+            target = prompt.replace(color, colors[(colors.index(color) + 1) % len(colors)])
+        targets.append(target)
+    return sources, targets
 
 
+BEFORE, AFTER = edit_prompts()
 JOBS = {}
-for kind in KINDS:
-    for row in ROWS:
-        JOBS[kind, row] = Job(f"edit-{kind}-{row}", edited, {"kind": kind, "row": row}, 2.0)
+for method, (name, values) in ROWS.items():
+    for value in values:
+        JOBS[method, value] = Job(
+            f"edit-{method}-{value:g}", runs.edited,
+            {"method": method, "sources": BEFORE, "targets": AFTER, name: value},
+            12 if method == "asd" else 3, (*SOURCES, "editing.py"))
 
 
-# -------------------------------------------------------------------------- measures, tests, figure
-def pairs(results, kind, row):
-    """(before, after): uint8 [20, 3, H, W] each; row: of ROWS, or "before" or "unrelated"."""
-    if row in ROWS:
-        result = results[kind, row]
-        return result["before"], result["late"][-1]
-    result = results[kind, "dds"]
-    return result["before"], result[row]
+def psnr(a, b):
+    return -10 * (a - b).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
-def measured(results, row):
-    """{measure: [60]} of the edits by a row, or of "before" or "unrelated"; kind after kind.
+def curves(r, method):
+    """(score with the target, PSNR to the source): [N, 5] each, of the source and the four rates.
 
-    tiny.judge.distances', cli.pictures.picture_measures', and background: 1 − the root mean square
-    change of the pixels that are white in the source.
+    PSNR of the source itself is that of an edit nobody sees, 40 dB.
     """
-    found = {}
-    for kind in KINDS:
-        before, after = pairs(results, kind, row)
-        for x, y, source, target in zip(before / 255, after / 255, *edit_prompts(kind)):
-            white = (x > 0.97).all(0)
-            change = (x - y)[:, white].square().mean().sqrt().item() if white.any() else 0.0
-            numbers = distances(x[None], y[None], source, target) | picture_measures(y[None])
-            for measure, number in (numbers | {"background": 1 - change}).items():
-                found.setdefault(measure, []).append(number)
-    return found
+    before = r[method, ROWS[method][1][0]]["before"]
+    texts = text_features(*load_judge(), AFTER)
+    scores, kept = [(features(before) * texts).sum(1)], [torch.full((len(before),), 40.0)]
+    for value in ROWS[method][1]:
+        after = r[method, value]["after"]
+        scores.append((features(after) * texts).sum(1))
+        kept.append(psnr(before, after).clamp(max=40))
+    return torch.stack(scores, 1).double(), torch.stack(kept, 1).double()
 
 
-def of_kind(values, kind):
-    first = list(KINDS).index(kind) * len(CONCEPTS)
-    return values[first:first + len(CONCEPTS)]
+def psnr_at(score, scores, kept):
+    """The PSNR of one edit where it first reaches a score, on lines between its rates."""
+    best = np.maximum.accumulate(scores)
+    rises = np.diff(best, prepend=-np.inf) > 0
+    return np.interp(score, best[rises], np.asarray(kept)[rises])
 
 
-def tests_9(results):
-    ours, dds = measured(results, "asd"), measured(results, "dds")
-    before, unrelated = measured(results, "before"), measured(results, "unrelated")
-    scores = minus(ours["clip_target"], dds["clip_target"])
-    sharper = minus(before["sharpness"], ours["sharpness"])
-    tests = {f"{kind}: score with the target, ASD − DDS": of_kind(scores, kind) for kind in KINDS}
-    return tests | {
-        "simplification: sharpness, source − ASD": of_kind(sharper, "simplification"),
-        "the source is kept: distance, unrelated picture − ASD": minus(
-            unrelated["clip_distance"], ours["clip_distance"]),
-        "its background is kept: unrelated picture's change − ASD's": minus(
-            ours["background"], unrelated["background"])}
+def at_equal_score(r, a, b):
+    """PSNR of method a − that of b at the highest score that both reach, edit by edit [N]."""
+    differences = []
+    for scores_a, kept_a, scores_b, kept_b in zip(*curves(r, a), *curves(r, b)):
+        score = min(scores_a.max(), scores_b.max())
+        differences.append(psnr_at(score, scores_a, kept_a) - psnr_at(score, scores_b, kept_b))
+    return differences
 
 
-def tests_lmc(results):
-    lmc, dds = measured(results, "lmc"), measured(results, "dds")
-    return {"score with the target, LMC − DDS": minus(lmc["clip_target"], dds["clip_target"]),
-            "PSNR to the source, LMC − DDS": minus(lmc["psnr"], dds["psnr"])}
+def numbers(r):
+    rows = {}
+    for method, (name, values) in ROWS.items():
+        scores, kept = curves(r, method)
+        for i, value in enumerate(values):
+            rows[f"{method.upper()}, {name} {value:g}"] = {"score": scores[:, i + 1],
+                                                           "PSNR to the source": kept[:, i + 1]}
+    return rows
 
 
-def numbers(*rows):
-    """A function that makes the table of some rows, of the sources and of unrelated pictures."""
-    def table(results):
-        return numbers_of({row: measured(results, row) for row in ("before", "unrelated", *rows)})
-    return table
+def draw(path, r):
+    """Eight edits: the source, then each method at its second rate."""
+    rows = [("source", r["dds", 0.03]["before"][SHOWN])]
+    for method, (_, values) in ROWS.items():
+        rows.append((method.upper(), r[method, values[1]]["after"][SHOWN]))
+    sheet(path, [short(AFTER[i]) for i in SHOWN], rows, SIDE, colors=256)
 
 
-def drawn(*rows, example=(0, 2, 6)):
-    """Fig. 9: of each kind the source, then for each row its progress; the target's score."""
-    def figure(path, results):
-        lines = []
-        for kind, i in zip(KINDS, example):
-            target = edit_prompts(kind)[1][i]
-            (text,), = clip_features([], [target])
-            for row in rows:
-                before, late = results[kind, row]["before"], results[kind, row]["late"]
-                shown = torch.stack([before[i], *late[[0, 2, 4], i]])
-                notes = [f"{score:.2f}" for score in features(shown)[0] @ text]
-                lines.append((f"{kind}, {row.upper()}\n-> {target}", shown / 255, notes))
-        sheet(path, ["source", *(f"{LATE[i]:.0%} of the steps" for i in (0, 2, 4))], lines, SIDE,
-              left=240, corner="tiny-clip's score of the target", colors=256)
-    return figure
-
-
-def claim(title, says, tests, rows, shown, seen=""):
-    jobs = {key: job for key, job in JOBS.items() if key[1] in rows}
-    return Claim(title, says, jobs, tests, drawn(*shown), numbers(*rows), SMALL + seen)
-
-
-CLAIMS = {
-    "9": claim("editing: ASD simplifies, refines and replaces better than DDS", "Fig. 9, §6",
-               tests_9, ["dds", "asd", "swapped", "both"], ["dds", "asd"]),
-    "LMC, editing": claim("LMC-SDS edits better than DDS", "2401.05293", tests_lmc,
-                          ["dds", "lmc"], ["dds", "lmc"],
-                          "; its λ is 2, so that at DDS's rate and steps it goes a shorter way"),
-}
+CLAIMS = {"9": Claim(
+    "editing: ASD is better than DDS", "Fig. 9, §6", JOBS,
+    "PSNR to the source at equal score with the target, ASD − DDS", "dB", 0.5,
+    lambda r: at_equal_score(r, "asd", "dds"), draw, numbers=numbers)}

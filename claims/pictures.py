@@ -1,541 +1,316 @@
-"""pictures.py — the paper's claims about 2D distillation: Figs. 1, 4–8, §5's γ, §7.
+"""pictures.py — the claims about 2D distillation, and the law of a φ that lags: Figs. 1, 4–7.
 
-Every run makes fifteen pictures at once, five prompts by three seeds, each with noise and a φ of
-its own (OwnLoRA), so that they are fifteen runs in all but speed. They begin at the same noise
-whatever the method. Settings are asd.py's, but for what a job's arguments name. In the tests and
-figures r is what the jobs returned, by key.
+The rates and steps of a method are those of tuned.json, chosen by tuning.py on prompts of their
+own. In what follows r is what the jobs returned, by key.
 """
-import functools
-import statistics
-from dataclasses import replace
+import json
 
+import numpy as np
 import torch
-from torch import nn
 
 import asd
-from claims.work import Claim, Job, numbers_of
-from cli.pictures import picture_measures, sheet, to_bytes
-from phi import second_view
-from prior import ddim_samples
-from tiny.judge import clip_features
-from variants import all_methods
+from claims import runs
+from claims.measures import (
+    PROMPTS,
+    blurred,
+    control_differences,
+    controls,
+    decoded,
+    measured,
+    samples,
+)
+from claims.work import Claim, Job
+from cli.pictures import sheet
+from prior import HERE
 
-PROMPTS = ["a red apple", "a fox", "a hamburger", "a rocket", "a mushroom"]
-SEEDS = 3
-TEXTS = PROMPTS * SEEDS                       # of the fifteen pictures
-LATE = (0.6, 0.7, 0.8, 0.9, 1.0)              # of the steps: when the pictures are kept
-# tiny-sd has never seen the published words ("oversaturated, smooth …"): these are of its own
-BRIDGE = {"source_words": "a flat icon of {}", "target_words": "a 3d render of {}",
-          "bridge_start": 0.8}
-
-
-# --------------------------------------------------------------------------------- fifteen at once
-class OwnAdapters(nn.Module):
-    """A Linear with low-rank adapters for each of N samples: x [kN, L, in] -> [kN, L, out]."""
-
-    def __init__(self, base, samples, rank, rng):
-        super().__init__()
-        self.base = base
-        self.down = nn.Parameter(torch.randn(samples, rank, base.in_features, generator=rng) / rank)
-        self.up = nn.Parameter(torch.zeros(samples, base.out_features, rank))
-
-    def forward(self, x):
-        k = len(x) // len(self.down)
-        down, up = self.down.repeat(k, 1, 1), self.up.repeat(k, 1, 1)
-        return self.base(x) + x @ down.mT @ up.mT
+TUNED = json.loads((HERE / "claims/tuned.json").read_text("utf-8"))
+TEST = PROMPTS["test"]
+LATE = torch.linspace(0.3, 1.0, 15).tolist()      # of the steps: when "late" pictures are kept
+SIDE = 128                                        # pixels of a picture in a figure
+SHOWN = range(0, len(TEST), 5)                    # the prompts of a figure
 
 
-class OwnLoRA(nn.Module):
-    """φ for N particles that have nothing in common: N LoRAs of phi.LoRAPhi's kind in one network.
+# --------------------------------------------------------------------------------------- the jobs
+def job(method, minutes=None, settings=None, **changes):
+    """The Job of a tuned row with `changes`, named by what is special about it.
 
-    prompts: one for each particle. No parameter serves two particles and AdamW goes by elements, so
-    each learns what it would alone.
+    settings: of which method's tuning, by default its own.
     """
-    whole = True                              # a batch is never cut: sample i is particle i's
-
-    def __init__(self, prior, prompts, rank=4, seed=0):
-        super().__init__()
-        self.prior, self.network = prior, second_view(prior.network)
-        rng = torch.Generator().manual_seed(seed)
-        for name, layer in list(self.network.named_modules()):
-            if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-                self.network.set_submodule(name, OwnAdapters(layer, len(prompts), rank, rng))
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name.endswith((".down", ".up")))
-
-    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
-        return self.prior.eps_of(self.network, x_t, t, cond)
-
-
-def keep_late(late, steps):
-    """A callback of distill() that adds the generator's pictures at LATE of the steps to a list."""
-    kept_steps = [round(part * steps) for part in LATE]
-
-    def keep(state, terms):
-        if state.step in kept_steps:
-            late.append(to_bytes(state.generator.images()))
-    return keep
-
-
-def distilled(method, texts=TEXTS, start=None, words=None, seed=0, **changes):
-    """Pictures of the texts, one each. -> {"late": uint8 [5, N, 3, H, W] at LATE of the steps}.
-
-    method: a row of all_methods(), with `changes`; start: pictures to begin with, in place of
-    noise; words: of the φ's.
-    """
-    prior, row = asd.Prior.from_pretrained("tiny-sd"), replace(all_methods()[method], **changes)
-    if row.phi is asd.LoRAPhi:
-        row = replace(row, phi=OwnLoRA)
-    rng, late = torch.Generator().manual_seed(seed), []
-    latents = asd.Latents(prior, len(texts), rng, start)
-    phi = asd.make_phi(row, prior, list(texts), seed, **words or {})
-    state = asd.State(latents, phi, row, rng)
-    asd.distill(prior, latents, prior.encode_text(texts), row, state=state,
-                callback=keep_late(late, row.steps))
-    return {"late": torch.stack(late)}
-
-
-def job(method, minutes=None, **arguments):
-    """The Job of distilled() with a row, named by what is special about it."""
+    row = TUNED[settings or method]["settings"] | changes
     if minutes is None:
-        minutes = 3.5 if all_methods()[method].phi is asd.LoRAPhi else 1.2
-    settings = [f"{key}{value:g}" for key, value in arguments.items() if key != "words"]
-    name = "-".join(["picture", method, *settings])
-    return Job(name, distilled, {"method": method} | arguments, minutes)
+        minutes = row["steps"] * (0.013 if method == "sds" else 0.045)
+    special = [f"{key}{value:g}" for key, value in changes.items() if isinstance(value, float)]
+    name = "-".join(["picture", method, *special])
+    return Job(name, runs.distilled, {"method": method, "prompts": TEST} | row, minutes)
 
 
-# -------------------------------------------------------------------------------------- the jobs
-def samples(number=32):
-    """The prior's own pictures, 50 DDIM steps at guidance 3. -> uint8 [5, number, 3, H, W]."""
-    prior, rng = asd.Prior.from_pretrained("tiny-sd"), torch.Generator().manual_seed(100)
-    noise = torch.randn(number, *prior.shape, generator=rng)
-    latents = [ddim_samples(prior, [prompt] * number, noise) for prompt in PROMPTS]
-    return {"samples": torch.stack([to_bytes(prior.decode(x0)) for x0 in latents])}
+LAMBDAS = (2.0, 4.0, 7.5, 15.0, 30.0)
+GAMMAS = (-0.75, -0.5, 0.0, 1.0, 10.0)
+# λ' of SDS, for the law: VSD's settings, as SDS is VSD with an exact φ where there is one particle
+LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 1e4)
+BEST = {name: TUNED[name]["lam"] for name in asd.METHODS}          # λ of the least distance
+FEW = TEST[::2]                                   # 50 updates of φ a step are dear
+JOBS = {"samples": Job("samples", samples, {"use": "test"}, 30),
+        "controls": Job("controls", controls, {}, 15),
+        "times": Job("times", runs.times, {"prompt": TEST[0]}, 2)}
+for gamma in GAMMAS:
+    for lam in LAMBDAS[:4]:
+        JOBS["law", gamma, lam] = job("vsd", gamma=gamma, lam=lam)
+for lam in LADDER:
+    JOBS["ladder", lam] = job("sds", settings="vsd", lam=lam)
+for lam in (1.0, *LAMBDAS, 100.0):
+    JOBS["sds", lam] = job("sds", lam=lam)
+for lam in LAMBDAS:
+    JOBS["asd", lam] = job("asd", lam=lam)
+    JOBS["vsd", lam] = job("vsd", gamma=0.0, lam=lam)
+for method in ("vsd", "asd"):
+    JOBS["path", method] = job(method, lam=BEST[method], lr_end=1.0, t_late=1.0, late=LATE)
+for name, changes in (("vsd", {}), ("vsd†", {"phi_steps": 50})):
+    minutes = 45 if changes else 1
+    JOBS["few", name] = job("vsd", minutes, prompts=FEW, steps=100, lr=0.03, **changes)
+JOBS["shared"] = job("asd", share_noise=True)
+JOBS["recovered"] = Job("recovered", runs.recovered, {
+    "prompts": TEST, **{name: TUNED[name]["settings"] for name in ("sds", "asd")}}, 25)
 
 
-def cosines():
-    """Of Eq. 7's classifier term alone with SDS's gradient at λ = 10⁴, where SDS begins. -> [15]"""
-    prior, rng = asd.Prior.from_pretrained("tiny-sd"), torch.Generator().manual_seed(0)
-    x0 = asd.Latents(prior, len(TEXTS), rng)().detach()
-    t, eps = asd.draw_noise(rng, x0, 20, 980)
-    x_t, y = asd.add_noise(x0, eps, *prior.alpha_sigma(t)), prior.encode_text(TEXTS)
-    null = prior.encode_text([""]).expand_as(y)
-    answers, = asd.ask(prior, [{"uncond": (x_t, t, null), "y": (x_t, t, y)}])
-    eps_uncond, eps_y = answers["uncond"], answers["y"]
-    classifier = asd.generator_grad(eps_uncond, eps_y, eps_y, 7.5)
-    sds = asd.sds_grad(eps_uncond, eps_y, eps, 1e4)
-    return {"cosine": nn.functional.cosine_similarity(classifier.flatten(1), sds.flatten(1))}
+# ------------------------------------------------------------------------------------ the outcomes
+def of(r, key, name):
+    """A measure of a run's pictures [N]."""
+    return measured(r[key]["x0"], r["samples"])[name]
 
 
-def recovered():
-    """Fig. 5c: over-saturated pictures (SDS at λ = 10⁴), then SDS, VSD and ASD from there."""
-    made = {"start": distilled("sds", lam=1e4)["late"]}
-    for name in asd.METHODS:
-        made[name] = distilled(name, start=made["start"][-1] / 255)["late"]
-    return made
-
-
-TIMED = {"sds": {}, "vsd": {}, "asd": {}, "shared": {"share_noise": True}, "bridge": {}, "lmc": {}}
-
-
-def times(rounds=15, steps=8):
-    """Milliseconds a step of one picture, in turns. -> float32 [rounds, len(TIMED)]."""
-    prior = asd.Prior.from_pretrained("tiny-sd")
-    ms = []
-    for _ in range(rounds):
-        ms.append([time_of_a_step(prior, name, steps) for name in TIMED])
-    return {"ms": torch.tensor(ms)}
-
-
-def time_of_a_step(prior, name, steps):
-    """The median milliseconds of a short run by a row of TIMED, but for its first step."""
-    row, words, ms = all_methods()["asd" if name == "shared" else name], {}, []
-    row, rng = replace(row, steps=steps, **TIMED[name]), torch.Generator()
-    if name == "bridge":
-        words = BRIDGE | {"bridge_start": 0.0}
-    latents = asd.Latents(prior, 1, rng)
-    state = asd.State(latents, asd.make_phi(row, prior, PROMPTS[:1], **words), row, rng)
-    asd.distill(prior, latents, prior.encode_text(PROMPTS[:1]), row, state=state,
-                callback=lambda state, terms: ms.append(1000 * terms["seconds"]))
-    return statistics.median(ms[1:])
-
-
-SIDE = 160                                    # pixels of a picture in a figure
-LAMBDAS = (1.0, 3.0, 7.5, 30.0)
-GAMMAS = {-1.0: "asd@7.5", -0.5: "asd γ -0.5", 0.0: "vsd@7.5", 1.0: "asd γ 1", 10.0: "asd γ 10",
-          1000.0: "asd γ 1000"}                               # of §5, and what was made with each
-# λ' of SDS, which is VSD with an exact φ where there is one particle
-LADDER = (1.0, 3.0, 4.25, 7.5, 14.0, 30.0, 72.5, 100.0, 300.0, 1e3, 3e3, 1e4)
-JOBS = {"samples": Job("samples", samples, {}, 2.5)}
-for lam in (7.5, 1.0, 3.0, 30.0):
-    JOBS |= {f"{name}@{lam:g}": job(name, lam=lam) for name in asd.METHODS}
-JOBS |= {f"sds@{lam:g}": job("sds", lam=lam) for lam in LADDER}
-JOBS |= {name: job("asd", gamma=gamma) for gamma, name in GAMMAS.items() if " γ " in name}
-JOBS |= {"csd": job("csd"), "shared": job("asd", share_noise=True, minutes=2.5),
-         "lmc": job("lmc"), "lmc, fixed ε": job("lmc", fixed_noise=True),
-         "sds@2": job("sds", lam=2.0), "ms-sds": job("sds", t_max=0.5),
-         "nfsd": job("nfsd", words={"negative": "a flat icon"}),
-         "bridge": job("bridge", words=BRIDGE), "cosines": Job("cosines", cosines, {}, 0.1),
-         "recovered": Job("recovered", recovered, {}, 9.5), "times": Job("times", times, {}, 1.5)}
-# 50 updates of φ a step are dear: a third of the steps, at three times θ's rate, for all three
-SHORT = {"steps": 120, "lr": 0.03}
-JOBS |= {f"short {name}": job(name, **SHORT) for name in ("sds", "vsd")}
-JOBS["short vsd†"] = job("vsd", phi_steps=50, minutes=30, **SHORT)
-
-
-# ------------------------------------------------------------------------------------ the measures
-@functools.lru_cache(maxsize=256)
-def cached_features(data, shape):
-    images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape) / 255
-    return clip_features([images], TEXTS)
-
-
-def features(images):
-    """uint8 [N, 3, H, W] -> unit vectors [N, 128] of tiny-clip's, and those of TEXTS."""
-    return cached_features(images.contiguous().numpy().tobytes(), tuple(images.shape))
-
-
-def measures(images, r):
-    """uint8 [15, 3, H, W] -> {measure: [15 numbers]}.
-
-    saturation, sharpness: cli.pictures.picture_measures'. score: tiny-clip's cosine with the
-    prompt. distance: 1 − the mean cosine, in its features, with the prior's own samples of that
-    prompt.
-    """
-    rows = [picture_measures(image) for image in (images / 255).split(1)]
-    found = {}
-    for measure in ("saturation", "sharpness"):
-        found[measure] = [row[measure] for row in rows]
-    seen, texts = features(images)
-    own = torch.stack([features(x)[0].mean(0) for x in r["samples"]["samples"]])
-    found["score"] = (seen * texts).sum(1).tolist()
-    found["distance"] = (1 - (seen * own.repeat(SEEDS, 1)).sum(1)).tolist()
+def controls_of(*names):
+    """A function that gives a claim the controls of its measures."""
+    def found(r):
+        checks = {}
+        for name in names:
+            checks |= control_differences(r["controls"], name)
+        return checks
     return found
 
 
-def of_samples(r, measure):
-    """The mean of a measure over the prior's samples of a prompt, for each of the 15 texts."""
-    means = []
-    for i, images in enumerate(r["samples"]["samples"]):
-        if measure == "score":
-            seen, texts = features(images)
-            means.append((seen @ texts[i]).mean().item())
-        else:
-            means.append(picture_measures(images / 255)[measure])
-    return means * SEEDS
+def gap(a, b, name="distance"):
+    """A function: a measure of run a minus that of run b, prompt by prompt."""
+    return lambda r: of(r, a, name) - of(r, b, name)
 
 
-def late_pictures(r, key):
-    """uint8 [5, 15, 3, H, W] of a run; "start", "sds", "vsd" and "asd" are those of Fig. 5c."""
-    return r[key]["late"] if key in r else r["recovered"][key]
+def log_range(r, method):
+    """How much the distance changes over LAMBDAS: log of the largest over the least [N]."""
+    distances = torch.stack([of(r, (method, lam), "distance") for lam in LAMBDAS])
+    return (distances.amax(0) / distances.amin(0)).log()
 
 
-def last_pictures(r, key):
-    """uint8 [15, 3, H, W] of a run."""
-    return late_pictures(r, key)[-1]
+def curve(r, key):
+    """Log grain and log distance of a run's pictures [N, 2]."""
+    found = measured(r[key]["x0"], r["samples"])
+    return torch.stack([found["grain"], found["distance"]], 1).clamp(min=1e-6).log()
 
 
-def measured(r, key, measure):
-    """[15] of a run's last pictures; "samples": of the prior's own."""
-    if key == "samples":
-        return of_samples(r, measure)
-    return measures(last_pictures(r, key), r)[measure]
+def law_points(r):
+    """(log λ' predicted from the κ of each run [N, 20], log of the nearest SDS's guidance [N, 20]).
 
-
-def minus(a, b):
-    return [x - y for x, y in zip(a, b, strict=True)]
-
-
-def gap(r, measure, a, b):
-    """A measure of the run a minus that of b, picture by picture."""
-    return minus(measured(r, a, measure), measured(r, b, measure))
-
-
-def apart(a, b):
-    """Root mean square between pictures, uint8 [N, 3, H, W] each. -> [N]"""
-    return ((a.float() - b.float()) / 255).square().mean((1, 2, 3)).sqrt().tolist()
-
-
-def nearer(r, key, far, near):
-    """How much nearer in pixels a run's last pictures are to those of `near` than to `far`'s."""
-    pictures = last_pictures(r, key)
-    return minus(apart(pictures, last_pictures(r, far)), apart(pictures, last_pictures(r, near)))
-
-
-def drift(late):
-    """How far pictures go in a tenth of the steps, late: uint8 [5, N, …] -> (pixels, features)."""
-    pixels = torch.tensor([apart(a, b) for a, b in zip(late, late[1:])]).mean(0)
-    seen = torch.stack([features(x)[0] for x in late])
-    turned = (1 - (seen[:-1] * seen[1:]).sum(2)).mean(0)
-    return pixels.tolist(), turned.tolist()
-
-
-# --------------------------------------------------------------------------------------- the tests
-def control(r):
-    """λ = 10⁴ is garish by all that is known, and to the eye: does the measure see it?"""
-    return {"control: saturation, SDS at 10⁴ − samples":
-            gap(r, "saturation", "sds@10000", "samples")}
-
-
-def tests_1a(r):
-    return {
-        "smooth: sharpness, samples − SDS at 7.5": gap(r, "sharpness", "samples", "sds@7.5"),
-        "smoother at 1 than at 7.5: sharpness": gap(r, "sharpness", "sds@7.5", "sds@1"),
-        "saturated: saturation, SDS at 100 − samples": gap(r, "saturation", "sds@100", "samples"),
-        "farther off: distance, SDS at 100 − at 7.5": gap(r, "distance", "sds@100", "sds@7.5"),
-        **control(r)}
-
-
-def tests_1b(r):
-    tests = {}
-    for lam in ("7.5", "1"):
-        vsd, ours = (drift(late_pictures(r, f"{name}@{lam}")) for name in ("vsd", "asd"))
-        tests[f"drift in pixels at λ {lam}, VSD − ASD"] = minus(vsd[0], ours[0])
-        tests[f"drift in features at λ {lam}, VSD − ASD"] = minus(vsd[1], ours[1])
-    return tests
-
-
-def tests_4(r):
-    return {"smoother: sharpness, VSD − VSD†": gap(r, "sharpness", "short vsd", "short vsd†"),
-            "pixels, VSD† to VSD − VSD† to SDS": nearer(r, "short vsd†", "short vsd", "short sds")}
-
-
-def tests_5a(r):
-    return {"cosine of the gradients − 0.99": (r["cosines"]["cosine"] - 0.99).tolist(),
-            "saturation, classifier term − samples": gap(r, "saturation", "csd", "samples"),
-            "pixels, classifier term to SDS at 7.5 − to SDS at 10⁴":
-                nearer(r, "csd", "sds@7.5", "sds@10000"), **control(r)}
-
-
-def tests_5c(r):
-    tests = {}
-    for prefix, name in (("", "start"), ("ours: ", "sds"), ("ours: ", "vsd")):
-        label = LABELS[name]
-        tests[f"{prefix}saturation, {label} − ASD"] = gap(r, "saturation", name, "asd")
-        tests[f"{prefix}score, {label} − ASD, less"] = gap(r, "score", "asd", name)
-    return tests | control(r)
-
-
-def tests_6(r):
-    tests = {}
-    for name in ("sds", "vsd"):
-        other = f"{name}@7.5"
-        tests[f"score, ASD − {name.upper()}"] = gap(r, "score", "asd@7.5", other)
-        tests[f"distance, {name.upper()} − ASD"] = gap(r, "distance", other, "asd@7.5")
-    return tests
-
-
-def ranges(r, name, measure):
-    """The range of a measure over LAMBDAS, picture by picture."""
-    rows = torch.tensor([measured(r, f"{name}@{lam:g}", measure) for lam in LAMBDAS])
-    return (rows.amax(0) - rows.amin(0)).tolist()
-
-
-def tests_cfg(r):
-    tests = {}
-    for measure in ("score", "saturation"):
-        ours = ranges(r, "asd", measure)
-        for name in ("sds", "vsd"):
-            test = f"range of {measure}, {name.upper()} − ASD"
-            tests[test] = minus(ranges(r, name, measure), ours)
-    return tests
-
-
-def nearest(r, gamma):
-    """The λ' of LADDER at which SDS's picture is nearest (pixels) to that of γ. -> [15]"""
-    pictures = last_pictures(r, GAMMAS[gamma])
-    far = torch.tensor([apart(pictures, last_pictures(r, f"sds@{lam:g}")) for lam in LADDER])
-    return [LADDER[i] for i in far.argmin(0)]
-
-
-def lam_eff(gamma, lam=7.5):
-    """Ours: the guidance of VSD that ASD is at Eq. 10's minimiser."""
-    return asd.effective_guidance(lam, gamma) if gamma > -1 else 1.0
-
-
-def tests_gamma(r):
-    from torchmetrics.functional import spearman_corrcoef
-    found = torch.tensor([nearest(r, gamma) for gamma in GAMMAS])              # [6, 15]
-    places = torch.arange(float(len(GAMMAS)))[:, None].expand_as(found)
-    order = spearman_corrcoef(found, places).nan_to_num()         # all alike: no correlation
-    predicted = torch.tensor([lam_eff(gamma) for gamma in GAMMAS])[:, None]
-    off = (found / predicted).log2().abs()[1:5].mean(0)           # γ −½ … 10
-    return {"guidance grows with γ: rank correlation with the nearest λ'": order.tolist(),
-            "γ ≫ 0 is the classifier: pixels to VSD − to the classifier term":
-                nearer(r, "asd γ 1000", "vsd@7.5", "csd"),
-            "ours: the nearest λ' is λ_eff but for a factor of 2, log₂": (1 - off).tolist()}
-
-
-def numbers_gamma(r):
-    numbers = {}
+    Nearest in log grain and log distance, each over its spread along the ladder, on straight lines
+    between the ladder's guidances.
+    """
+    rungs = np.log(LADDER)
+    ladder = torch.stack([curve(r, ("ladder", lam)) for lam in LADDER], 1)             # [N, 14, 2]
+    spread = ladder.std(1).mean(0)
+    fine = np.linspace(rungs[0], rungs[-1], 500)
+    predicted, nearest = [], []
     for gamma in GAMMAS:
-        median = sorted(nearest(r, gamma))[len(TEXTS) // 2]
-        numbers[f"γ {gamma:g}"] = {"λ_eff": lam_eff(gamma), "nearest λ', median": median}
-    return numbers
+        for lam in LAMBDAS[:4]:
+            key = "law", gamma, lam
+            share = r[key]["kappa"].double().clamp(min=1e-3)
+            predicted.append((1 + (1 + gamma) * (lam - 1) / share).log())
+            points = curve(r, key)
+            found = []
+            for point, steps in zip(points, ladder):
+                line = np.stack([np.interp(fine, rungs, steps[:, i]) for i in range(2)], 1)
+                off = ((line - point.numpy()) / spread.numpy()) ** 2
+                found.append(fine[off.sum(1).argmin()])
+            nearest.append(torch.tensor(found))
+    return torch.stack(predicted, 1), torch.stack(nearest, 1)
 
 
-def variety(seen):
-    """Unit vectors [N, C] -> the mean of 1 − the cosine of each pair."""
-    i, j = torch.triu_indices(len(seen), len(seen), 1)
-    return (1 - (seen[i] * seen[j]).sum(1)).mean().item()
+def law_slopes(r):
+    """Of each prompt the slope of measured against predicted log guidance, − 1."""
+    predicted, nearest = law_points(r)
+    return [np.polyfit(x, y, 1)[0] - 1 for x, y in zip(predicted.numpy(), nearest.numpy())]
 
 
-def variety_of_seeds(r, key):
-    """The variety of a run's three pictures of each prompt, or of the prior's samples. -> [5]"""
-    if key == "samples":
-        return [variety(features(images)[0]) for images in r["samples"]["samples"]]
-    seen = features(last_pictures(r, key))[0]
-    return [variety(seen[i::len(PROMPTS)]) for i in range(len(PROMPTS))]
+def wandering(r, method):
+    """Log of the path's length over the net change, of luminance blurred by two pixels [N]."""
+    prior = asd.Prior.from_pretrained("tiny-sd")
+    late = r["path", method]["late"]
+    smooth = []
+    for x0 in late:
+        luminance = decoded(prior, x0).clamp(0, 1).mean(1)
+        smooth.append(blurred(luminance[:, None], 2)[:, 0])
+    smooth = torch.stack(smooth)                                             # [15, N, H, W]
+    path = (smooth[1:] - smooth[:-1]).square().mean((2, 3)).sqrt().sum(0)
+    net = (smooth[-1] - smooth[0]).square().mean((1, 2)).sqrt()
+    return (path / net).log().double()
 
 
-def tests_8(r):
-    half = [number / 2 for number in variety_of_seeds(r, "samples")]
-    return {"distance between seeds, ASD − half of the samples'":
-            minus(variety_of_seeds(r, "asd@7.5"), half)}
+def sharper(a, b, rows=slice(None)):
+    """A function: log of the acutance of run a over that of run b."""
+    def values(r):
+        reference = {name: tensor[rows] for name, tensor in r["samples"].items()}
+        both = [measured(r[key]["x0"], reference)["acutance"].log() for key in (a, b)]
+        return both[0] - both[1]
+    return values
 
 
-def numbers_8(r):
-    keys = {"samples": "samples"} | {name: f"{name}@7.5" for name in asd.METHODS}
-    return numbers_of({name: {"distance between seeds": variety_of_seeds(r, key)}
-                       for name, key in keys.items()})
+# --------------------------------------------------------------------------- numbers and figures
+def numbers(*keys):
+    """A function that makes the table of some runs' pictures, and of the samples."""
+    def table(r):
+        rows = {label(key): measured(r[key]["x0"], r["samples"]) for key in keys}
+        own = {name: r["samples"][name] for name in ("over-saturation", "acutance", "grain",
+                                                     "chroma")}
+        return rows | {"the prior's samples": own | {"distance": r["samples"]["floor"]}}
+    return table
 
 
-def ms(r, name):
-    """Milliseconds a step of a row of TIMED: a tensor [rounds]."""
-    return r["times"]["ms"][:, list(TIMED).index(name)]
-
-
-def tests_7(r):
-    return {"speed-up − 30 %": (ms(r, "asd") / ms(r, "shared") - 1.3).tolist(),
-            "score, fresh − shared": gap(r, "score", "asd@7.5", "shared")}
-
-
-def tests_lmc(r):
-    tests = {"at λ 2: score, LMC − SDS": gap(r, "score", "lmc", "sds@2"),
-             "score, LMC at 2 − SDS at 7.5": gap(r, "score", "lmc", "sds@7.5"),
-             "saturation, SDS at 7.5 − LMC at 2": gap(r, "saturation", "sds@7.5", "lmc")}
-    off = {}
-    for key in ("sds@7.5", "ms-sds", "lmc", "lmc, fixed ε"):
-        off[key] = [abs(x) for x in gap(r, "sharpness", key, "samples")]
-    for lmc in ("lmc", "lmc, fixed ε"):
-        for key in ("sds@7.5", "ms-sds"):
-            test = f"sharpness off the samples', {LABELS[key]} − {LABELS[lmc]}"
-            tests[test] = minus(off[key], off[lmc])
-    return tests
-
-
-def tests_bridge(r):
-    return {"score, bridge − SDS": gap(r, "score", "bridge", "sds@7.5"),
-            "distance, SDS − bridge": gap(r, "distance", "sds@7.5", "bridge"),
-            "score, VSD − bridge": gap(r, "score", "vsd@7.5", "bridge"),
-            "its cost is SDS's: 1.1 − the ratio":
-                (1.1 - ms(r, "bridge") / ms(r, "sds")).tolist()}
-
-
-# ------------------------------------------------------------------------- the numbers, the figures
-def table(*keys, own=True, timed=False):
-    """The numbers of some runs' last pictures; own: of the prior's samples; timed: of steps."""
-    def numbers(r):
-        rows = {}
-        if timed:
-            rows |= {name: {"ms a step": ms(r, name)} for name in TIMED}
-        rows |= {LABELS.get(key, key): measures(last_pictures(r, key), r) for key in keys}
-        if own:
-            rows[LABELS["samples"]] = {measure: of_samples(r, measure)
-                                       for measure in ("saturation", "sharpness", "score")}
-        return numbers_of(rows)
-    return numbers
+def label(key):
+    """A run's name in a table or a figure."""
+    method, *settings = key if isinstance(key, tuple) else (key,)
+    names = {"law": "φ with γ, λ", "ladder": "SDS", "few": "", "shared": "ASD, shared noise"}
+    return " ".join([names.get(method, method.upper()), *(
+        f"{value:g}" if isinstance(value, float) else value.upper() for value in settings)]).strip()
 
 
 def drawn(*keys):
-    """A figure of some runs: a row each, the prompts' first seed; under it tiny-clip's score."""
+    """A figure of some runs: a row each, SHOWN of the prompts."""
     def figure(path, r):
-        rows = []
+        prior = asd.Prior.from_pretrained("tiny-sd")
+        rows = [("samples", decoded(prior, r["samples"]["x0"][SHOWN, 0]))]
         for key in keys:
-            if key == "samples":
-                images = r["samples"]["samples"][:, 0]
-            else:
-                images = last_pictures(r, key)[:len(PROMPTS)]
-            seen, texts = features(images)
-            notes = [f"{score:.2f}" for score in (seen * texts[:len(PROMPTS)]).sum(1)]
-            rows.append((LABELS.get(key, key), images / 255, notes))
-        sheet(path, PROMPTS, rows, SIDE, corner="tiny-clip's score", colors=256)
+            shown = range(0, len(r[key]["x0"]), len(r[key]["x0"]) // len(SHOWN))
+            name = label(key).replace("†", ",\n50 updates of phi")
+            rows.append((name, decoded(prior, r[key]["x0"][shown])))
+        sheet(path, [short(TEST[i]) for i in SHOWN], rows, SIDE, colors=256)
     return figure
 
 
-def progress(path, r):
-    """Figs. 1b and 7: two prompts late in the run, by VSD and by ASD."""
-    rows = []
-    for i, lam in ((1, "7.5"), (1, "1"), (3, "7.5")):
-        for name in ("vsd", "asd"):
-            late = late_pictures(r, f"{name}@{lam}")[:, i]
-            rows.append((f"{name.upper()}, guidance {lam}", late / 255))
-    sheet(path, [f"{part:.0%} of the steps" for part in LATE], rows, SIDE, colors=256)
+def short(prompt):
+    """The prompt in two lines, for the head of a column."""
+    words = prompt.split()
+    return " ".join(words[:len(words) // 2]) + "\n" + " ".join(words[len(words) // 2:])
 
 
-def seeds(path, r):
-    """Fig. 8: a row for each seed."""
-    parts = last_pictures(r, "asd@7.5").split(len(PROMPTS))
-    rows = [(f"ASD, seed {i}", images / 255) for i, images in enumerate(parts)]
-    sheet(path, PROMPTS, rows, SIDE, colors=256)
+def draw_recovered(path, r):
+    runs = {("start",): "start", ("sds",): "sds", ("asd",): "asd"}
+    drawn(*runs)(path, r | {key: {"x0": r["recovered"][name]} for key, name in runs.items()})
 
 
-LABELS = {"csd": "the classifier term alone", "ms-sds": "SDS, t < T/2",
-          "lmc": "LMC-SDS, guidance 2", "lmc, fixed ε": "LMC-SDS, fixed noise",
-          "bridge": "SDS-Bridge", "nfsd": "NFSD",
-          "shared": "ASD, shared noise", "start": "the start", "samples": "the prior's samples",
-          "sds@2": "SDS, guidance 2", "short vsd†": "VSD, 50 updates of phi"}
-for name in asd.METHODS:
-    LABELS |= {name: name.upper(), f"short {name}": name.upper()}
-    LABELS |= {f"{name}@{lam:g}": f"{name.upper()}, guidance {lam:g}" for lam in LADDER}
-LABELS |= {name: f"ASD, gamma {gamma:g}" for gamma, name in GAMMAS.items() if " γ " in name}
+def draw_paths(path, r):
+    """Figs. 1b and 7: three prompts, from 30 % of the steps on, by VSD and by ASD."""
+    prior, rows = asd.Prior.from_pretrained("tiny-sd"), []
+    for i in (0, 10, 30):
+        for method in ("vsd", "asd"):
+            rows.append((f"{method.upper()}\n{short(TEST[i])}",
+                         decoded(prior, r["path", method]["late"][::2, i])))
+    sheet(path, [f"{part:.0%} of the steps" for part in LATE[::2]], rows, SIDE, colors=256)
+
+
+def draw_law(path, r):
+    """Measured against predicted guidance: a point for each γ and λ, its prompts' mean and 95 %."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    predicted, nearest = law_points(r)
+    figure, axes = plt.subplots(figsize=(6.4, 5.2), dpi=130)
+    for i, gamma in enumerate(GAMMAS):
+        part = slice(4 * i, 4 * i + 4)
+        x, y = predicted[:, part], nearest[:, part]
+        error = 1.96 * y.std(0) / len(y) ** 0.5
+        axes.errorbar(x.mean(0), y.mean(0), error, marker="o", capsize=3, label=f"γ = {gamma:g}")
+    ends = [0, predicted.max().item() + 0.3]
+    axes.plot(ends, ends, color="grey", linestyle="--", label="the law")
+    ticks = [1, 2, 5, 10, 30, 100, 300, 1000]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(np.log(ticks), [str(tick) for tick in ticks])
+    axes.set_xlabel("guidance predicted: λ' = 1 + (1 + γ)(λ − 1)/κ, κ logged in the run")
+    axes.set_ylabel("guidance measured: of the SDS that looks most alike")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 # -------------------------------------------------------------------------------------- the claims
-SMALL = ("64 × 64 pixels; a judge trained on the same pictures as the prior; HSV saturation is a "
-         "mean over the picture, which grain and colours that clip to white lower")
+DISTANCE = "energy distance in tiny-clip's features"
+NEAR = 0.05      # δ of the distance: what a clearly visible noise adds, in the controls 0.06
 
 
-def claim(title, says, tests, keys, figure=None, numbers=None, more=(), seen=""):
-    """seen: what one sees, and the measures, which were chosen beforehand, do not."""
-    jobs = {key: JOBS[key] for key in ("samples", *keys, *more)}
-    return Claim(title, says, jobs, tests, figure or drawn("samples", *keys),
-                 numbers or table(*keys), SMALL + seen, len(PROMPTS))
+def claim(title, says, outcome, unit, delta, values, keys, measures, figure=None, table=None,
+          **more):
+    jobs = {key: JOBS[key] for key in dict.fromkeys(["samples", "controls", *keys])}
+    return Claim(title, says, jobs, outcome, unit, delta, values, figure or drawn(*keys),
+                 controls_of(*measures), table or numbers(*keys), **more)
 
 
-THREE = [f"{name}@7.5" for name in asd.METHODS]
-SWEEP = [f"{name}@{lam:g}" for name in asd.METHODS for lam in LAMBDAS]
-SHARED = ["asd@7.5", "shared"]
-BRIDGES = ["sds@7.5", "nfsd", "csd", "bridge", "vsd@7.5"]
-RECOVERED = ["start", "sds", "vsd", "asd"]
+LAW = [key for key in JOBS if key[0] in ("law", "ladder")]
+SWEEP = [(method, lam) for method in asd.METHODS for lam in LAMBDAS]
+THREE = [("sds", 7.5), ("vsd", 7.5), ("asd", 7.5)]
 CLAIMS = {
-    "1a": claim("SDS over-smooths at a small λ and over-saturates at a large one", "Fig. 1a, §1",
-                tests_1a, ["sds@1", "sds@7.5", "sds@30", "sds@100"], more=["sds@10000"],
-                seen="; to the eye it holds from λ 1, pale and smooth, to 100, garish and clipped"),
-    "1b": claim("at a small λ VSD drifts; ASD keeps object and structure", "Figs. 1b, 7, §6",
-                tests_1b, ["vsd@7.5", "asd@7.5", "vsd@1", "asd@1"], figure=progress),
-    "4": claim("VSD with 50 updates of φ a step over-smooths as SDS does", "Fig. 4, §5",
-               tests_4, ["short sds", "short vsd", "short vsd†"]),
-    "5a": claim("the classifier term alone is SDS at λ = 10 000: over-saturated", "Fig. 5a, §5",
-                tests_5a, ["csd", "sds@7.5", "sds@10000"], more=["cosines"],
-                seen="; to the eye both are alike, garish and clipped"),
-    "5c": claim("thanks to its adversary ASD recovers from an over-saturated start", "Fig. 5c, §5",
-                tests_5c, [], more=["recovered", "sds@10000"], figure=drawn(*RECOVERED),
-                numbers=table(*RECOVERED, own=False),
-                seen="; to the eye the start is garish, and all three recover from it"),
-    "6": claim("quality in 2D: ASD is better than SDS and VSD", "Fig. 6a, §6", tests_6, THREE),
-    "λ": claim("ASD is insensitive to λ, SDS and VSD are not", "abstract, §8", tests_cfg, SWEEP),
-    "γ": claim("from γ = −1 over VSD's 0 the discriminator weakens, to the classifier alone at γ ≫ "
-               "0", "§5", tests_gamma,
-               [*GAMMAS.values(), "csd"], more=[f"sds@{lam:g}" for lam in LADDER],
-               numbers=numbers_gamma, seen="; ours: λ_eff = 1 + (1 + γ)(λ − 1) is an exact φ's. A "
-               "LoRA begins at ε_y, on the classifier's side, and lags"),
-    "8": claim("another seed, another picture", "Fig. 8, §6", tests_8, THREE, figure=seeds,
-               numbers=numbers_8),
-    "§7": claim("shared noise makes a step 30–50 % faster, the result a little worse", "§7",
-                tests_7, SHARED, more=["times"], numbers=table(*SHARED, timed=True)),
-    "LMC": claim("LMC-SDS needs less guidance and is cleaner than SDS", "2401.05293", tests_lmc,
-                 ["sds@7.5", "sds@2", "ms-sds", "lmc", "lmc, fixed ε"]),
-    "Bridge": claim("SDS-Bridge lies between SDS and VSD in quality, at SDS's cost", "2406.09417",
-                    tests_bridge, BRIDGES, more=["times"], numbers=table(*BRIDGES, timed=True)),
+    "law": claim(
+        "γ and φ's lag act as guidance λ' = 1 + (1 + γ)(λ − 1)/κ", "ours",
+        "log–log slope of measured against predicted guidance − 1", "", 0.1, law_slopes, LAW,
+        ["grain", "distance"], draw_law, lambda r: {}, ours=True, equality=True),
+    "λ, VSD": claim(
+        "ASD is less sensitive to λ than VSD", "abstract, §8",
+        "log-range of the distance over λ 2 … 30, VSD − ASD", "log", 0.22,
+        lambda r: log_range(r, "vsd") - log_range(r, "asd"), SWEEP[5:], ["distance"]),
+    "λ, SDS": claim(
+        "ASD is less sensitive to λ than SDS", "abstract, §8",
+        "log-range of the distance over λ 2 … 30, SDS − ASD", "log", 0.22,
+        lambda r: log_range(r, "sds") - log_range(r, "asd"), SWEEP[:5] + SWEEP[10:], ["distance"]),
+    "1a": claim(
+        "SDS over-smooths at a small λ", "Fig. 1a, §1",
+        "log acutance, SDS at its best λ − at 1", "log", 0.1,
+        sharper(("sds", BEST["sds"]), ("sds", 1.0)), [("sds", 1.0), ("sds", BEST["sds"])],
+        ["acutance"]),
+    "5a": claim(
+        "SDS over-saturates at a large λ, as its classifier term does", "Figs. 1a, 5a, §5",
+        "over-saturation, SDS at 100 − the prior's samples", "of [0, 1]", 0.01,
+        lambda r: of(r, ("sds", 100.0), "over-saturation") - r["samples"]["over-saturation"],
+        [("sds", 7.5), ("sds", 30.0), ("sds", 100.0)], ["over-saturation"]),
+    "1b": claim(
+        "VSD drifts, ASD keeps the structure", "Figs. 1b, 7, §6",
+        "log of path length over net change, VSD − ASD", "log", 0.1,
+        lambda r: wandering(r, "vsd") - wandering(r, "asd"), [("path", "vsd"), ("path", "asd")],
+        [], draw_paths),
+    "4": claim(
+        "VSD with 50 updates of φ a step over-smooths", "Fig. 4, §5",
+        "log acutance, VSD − VSD†", "log", 0.1,
+        sharper(("few", "vsd"), ("few", "vsd†"), slice(0, None, 2)),
+        [("few", "vsd"), ("few", "vsd†")], ["acutance", "distance"],
+        table=lambda r: numbers(("few", "vsd"), ("few", "vsd†"))(
+            r | {"samples": {name: x[::2] for name, x in r["samples"].items()}})),
+    "5c": claim(
+        "ASD recovers from an over-saturated start thanks to its adversary", "Fig. 5c, §5",
+        "distance after, SDS − ASD", DISTANCE, NEAR,
+        lambda r: recovered_distance(r, "sds") - recovered_distance(r, "asd"), ["recovered"],
+        ["distance"], draw_recovered,
+        lambda r: {name: measured(r["recovered"][name], r["samples"])
+                   for name in ("start", "sds", "asd")}),
+    "6, SDS": claim(
+        "quality in 2D: ASD is better than SDS", "Fig. 6a, §6", "distance, SDS − ASD", DISTANCE,
+        NEAR, gap(("sds", 7.5), ("asd", 7.5)), THREE, ["distance"]),
+    "6, VSD": claim(
+        "quality in 2D: ASD is better than VSD", "Fig. 6a, §6", "distance, VSD − ASD", DISTANCE,
+        NEAR, gap(("vsd", 7.5), ("asd", 7.5)), THREE, ["distance"]),
+    "§7, speed": claim(
+        "shared noise makes a step 30–50 % faster", "§7", "speed-up − 40 %", "of a step", 0.1,
+        lambda r: r["times"]["fresh"] / r["times"]["shared"] - 1.4, ["times"], [],
+        None, lambda r: {"ms a step": r["times"]}, equality=True),
+    "§7": claim(
+        "shared noise is a little worse", "§7", "distance, shared − fresh", DISTANCE, NEAR,
+        gap("shared", ("asd", 7.5)), [("asd", 7.5), "shared"], ["distance"]),
 }
+
+
+def recovered_distance(r, name):
+    return measured(r["recovered"][name], r["samples"])["distance"]

@@ -1,4 +1,5 @@
-"""The claims' machinery: keys, runs that are kept, the rule, the tables; fifteen runs in one."""
+"""The claims' machinery: the rule, runs that are kept, measures, signs, the tables; many in one."""
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ from scipy.stats import ttest_1samp
 import asd
 import claims.__main__ as command
 import editing
-from claims import edits, pictures, solids, work
-from cli.pictures import to_bytes
+from claims import edits, measures, pictures, runs, solids, student, tuning, work
 from phi import LoRAPhi
 from prior import HERE
 
 tiny = pytest.mark.skipif(not (HERE / "tiny/sd/unet").is_dir(), reason="tiny/sd is not here")
+numbers = st.lists(st.floats(-9, 9, width=16), min_size=3, max_size=30, unique=True)
 
 
 @pytest.fixture(scope="module")
@@ -24,35 +25,26 @@ def prior():
     return asd.Prior.from_pretrained("tiny-sd", "cpu")
 
 
-# --------------------------------------------------------------------------------- rule and errors
-def test_mean_and_error_by_hand():
-    assert work.mean_and_error([1.0, 2, 3, 6]) == pytest.approx((3, (14 / 3) ** 0.5 / 2))
-    assert work.mean_and_error([2.0]) == pytest.approx((2, float("nan")), nan_ok=True)
-
-
-@given(st.lists(st.integers(-99, 99), min_size=2, max_size=30, unique=True))
-def test_a_test_is_sure_where_its_interval_leaves_0_out(values):
-    """… Student's 95 % one, of scipy; by turning the sign round the verdict turns."""
-    result = work.tested(values)
+# --------------------------------------------------------------------------------------- the rule
+@given(numbers, st.floats(0.01, 5))
+def test_the_verdict_is_read_off_the_interval(values, delta):
     interval = ttest_1samp(values, 0).confidence_interval(0.95)
-    assert result["sure"] == int(interval.low > 0) - int(interval.high < 0)
-    assert work.tested([-x for x in values])["sure"] == -result["sure"]
+    expected = "undecided"
+    if interval.low > 0:
+        expected = "holds"
+    elif interval.high < 0:
+        expected = "the other way round"
+    elif max(-interval.low, interval.high) < delta:
+        expected = "no difference"
+    assert work.verdict(values, delta) == expected
 
 
-def test_seeds_of_a_prompt_are_averaged_first():
-    """Three seeds of two prompts, the prompts fastest: two numbers, not six."""
-    result = work.tested([1.0, 10, 2, 20, 3, 30], clusters=2)
-    assert (result["mean"], result["n"]) == (11, 2) and result["error"] == pytest.approx(9)
-    assert work.tested([5.0])["sure"] == 0                     # of one alone nothing is sure
-
-
-@pytest.mark.parametrize("sure, expected", [
-    ({"a": 1, "b": 1}, "holds"), ({"a": 1, "b": 0}, "undecided"),
-    ({"a": 1, "b": -1}, "does not hold here"), ({"a": -1, "control: c": 1}, "does not hold here"),
-    ({"a": 1, "control: c": 0}, "undecided"), ({"a": -1, "control: c": -1}, "undecided"),
-    ({"a": 1, "ours: d": -1}, "holds"), ({"a": 0, "ours: d": 1}, "undecided")])
-def test_the_rule(sure, expected):
-    assert work.verdict({name: {"sure": sign} for name, sign in sure.items()}) == expected
+@pytest.mark.parametrize("values, delta, expected", [
+    ([1.0, 1.2, 0.9], 0.1, "holds"), ([-1.0, -1.2, -0.9], 9, "the other way round"),
+    ([0.01, -0.01, 0.0], 0.1, "no difference"), ([1.0, -1.0, 0.0], 0.1, "undecided"),
+    ([0.0, 0.0, 0.0], 0.1, "no difference"), ([0.2, 0.2, 0.2], 0.1, "holds")])
+def test_the_rule_by_hand(values, delta, expected):
+    assert work.verdict(values, delta) == expected
 
 
 # ------------------------------------------------------------------------------ jobs that are kept
@@ -88,31 +80,82 @@ def test_what_is_no_part(jobs, part):
         work.make(jobs, part)
 
 
-def test_a_key_follows_arguments_code_and_weights(jobs, monkeypatch):
+def test_a_key_follows_arguments_and_the_contents_of_files(jobs, tmp_path, monkeypatch):
     files = {jobs[0].file, replace(jobs[0], arguments={"value": 9}).file}
-    for digest in ("module_digest", "shared_digest"):
-        with monkeypatch.context() as patch:
-            patch.setattr(work, digest, lambda *_: "another")
-            files.add(jobs[0].file)
+    monkeypatch.setattr(work, "HERE", tmp_path)
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "asd.py").write_text(text)
+        work.code_key.cache_clear()
+        files.add(jobs[0].file)
+    work.code_key.cache_clear()
     assert len(files) == 4 and all(file.name.startswith("job-0-") for file in files)
 
 
-def test_comments_and_layout_are_no_code(tmp_path):
-    digests = []
-    for text in ("x = 1\n", "# a comment\nx  =  1   # another\n\n", "x = 2\n"):
-        (tmp_path / "a.py").write_text(text)
-        digests.append(work.source_digest(tmp_path / "a.py"))
-    assert digests[0] == digests[1] != digests[2]
+def test_every_source_of_a_job_is_a_file():
+    """A pattern that names nothing would let the code change unnoticed."""
+    for claim in command.CLAIMS.values():
+        for job in claim.jobs.values():
+            for pattern in job.sources:
+                assert any(HERE.glob(pattern)), pattern
 
 
-# ------------------------------------------------------------------------------ fifteen runs in one
+# ------------------------------------------------------------------------------ prompts, measures
+def test_prompts_are_drawn_once_and_apart():
+    prompts = measures.PROMPTS
+    assert prompts == measures.drawn_prompts()
+    assert {use: len(some) for use, some in prompts.items()} == {
+        "test": 40, "tuning": 10, "control": 10, "solids": 20}
+    things = [prompt for use in ("test", "tuning", "control") for prompt in prompts[use]]
+    assert len(set(things)) == 60 and len(set(prompts["solids"])) == 20
+    for thing in measures.SEEN:
+        assert not any(prompt.split(",")[0].endswith(f" a {thing}") for prompt in things)
+
+
+@tiny
+def test_every_prompt_is_of_words_the_model_knows(prior):
+    for prompts in measures.PROMPTS.values():
+        assert not any(prior.unknown_words(prompt) for prompt in prompts)
+
+
+def test_measures_of_plain_pictures():
+    """A grey square has none of them; too bright by 0.2 is over-saturated by 0.2."""
+    grey = torch.full((1, 3, 64, 64), 0.5)
+    assert max(value.item() for value in measures.measure(grey).values()) < 0.01
+    bright = measures.measure(grey + 0.7)
+    assert bright["over-saturation"].item() == pytest.approx(0.2, abs=1e-6)
+    rng = torch.Generator().manual_seed(0)
+    edge = grey.clone()
+    edge[..., 32:] = 0.9
+    noisy = edge + 0.05 * torch.randn(edge.shape, generator=rng)
+    plain, blurred, grainy = (measures.measure(x) for x in (edge, measures.blurred(edge, 2), noisy))
+    assert plain["acutance"] > blurred["acutance"] and grainy["grain"] > plain["grain"] + 0.5
+
+
+@given(st.integers(0, 2 ** 31))
+def test_energy_distance_by_hand(seed):
+    rng = torch.Generator().manual_seed(seed)
+    seen, reference = torch.randn(2, 3, generator=rng), torch.randn(2, 5, 3, generator=rng)
+    for i, found in enumerate(measures.energy_distance(seen, reference)):
+        near = sum((seen[i] - s).norm() for s in reference[i]) / 5
+        pairs = sum((a - b).norm() for a in reference[i] for b in reference[i]) / 20
+        assert found.item() == pytest.approx((2 * near - pairs).item(), abs=1e-4)
+
+
+def test_the_controls_of_all_claims_moved_as_they_must():
+    """What is written in figures/claims.json: no claim stands on a measure that is blind."""
+    for record in command.read_records(command.FOLDER).values():
+        for name, (_, low, _) in record["controls"].items():
+            assert low > 0 or name.startswith("score, truth"), name
+
+
+# --------------------------------------------------------------------------------- many runs in one
 @tiny
 def test_each_particle_has_a_lora_of_its_own(prior):
     """OwnLoRA at sample i is a LoRAPhi with its values, and so is its gradient."""
-    own = pictures.OwnLoRA(prior, ["a", "b"], rank=2, seed=1)
+    own = runs.OwnLoRA(prior, ["a", "b"], rank=2, seed=1)
     rng = torch.Generator().manual_seed(0)
     adapters = {name: layer for name, layer in own.network.named_modules()
-                if isinstance(layer, pictures.OwnAdapters)}
+                if isinstance(layer, runs.OwnAdapters)}
     for layer in adapters.values():
         layer.up.data = torch.randn(layer.up.shape, generator=rng) / 10
     assert own.network is not prior.network and len(adapters) > 8
@@ -132,106 +175,133 @@ def test_each_particle_has_a_lora_of_its_own(prior):
         for name, layer in adapters.items():
             weight = alone.network.get_submodule(name).lora_B["default"].weight
             torch.testing.assert_close(layer.up.grad[i], weight.grad, rtol=1e-2, atol=1e-2)
-    # twice as many samples: x^g, then x^r
-    twice = own(x_t.repeat(2, 1, 1, 1), t.repeat(2), y.repeat(2, 1, 1), eps.repeat(2, 1, 1, 1))
-    torch.testing.assert_close(twice, prediction.repeat(2, 1, 1, 1), rtol=1e-3, atol=1e-4)
 
 
 @tiny
-def test_a_run_starts_alike_whatever_the_method_and_leaves_the_prior(prior, monkeypatch):
+def test_runs_start_alike_and_log_the_share_of_each_prompt(prior, monkeypatch):
+    """… whatever the method; φ at its start is ε_y: κ is 0, of each picture."""
     monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *_: prior)
-    before = {name: p.clone() for name, p in prior.network.state_dict().items()}
-    sds, vsd = (pictures.distilled(name, ["a fox"] * 2, steps=2, lr=0.0)["late"]
-                for name in ("sds", "vsd"))
-    assert sds.shape[1:] == (2, 3, 64, 64) and sds.dtype == torch.uint8
-    assert torch.equal(sds, vsd) and not torch.equal(sds[:, 0], sds[:, 1])
-    assert all(torch.equal(p, before[name]) for name, p in prior.network.state_dict().items())
+    settings = {"prompts": ["a fox", "an owl"], "steps": 2, "lr": 0.0, "late": (0.5, 1.0)}
+    sds, vsd = (runs.distilled(name, phi_lr=0.0, **settings) for name in ("sds", "vsd"))
+    assert torch.equal(sds["x0"], vsd["x0"]) and sds["late"].shape == (2, 2, 4, 16, 16)
+    assert "kappa" not in sds and vsd["kappa"].shape == (2,) and vsd["kappa"].abs().max() < 1e-4
+    learnt = runs.distilled("vsd", phi_lr=1e-2, **settings | {"steps": 8})
+    assert learnt["kappa"].min() > 0.01
 
 
 @tiny
 def test_edits_are_kept_apart(prior, monkeypatch):
-    """Several edits in one run: another picture in one place changes no other place."""
+    """Several edits in one run: another target in one place changes no other place."""
     monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *_: prior)
-    monkeypatch.setattr(edits, "ddim_samples", lambda _, prompts, noise: noise / 2)
+    monkeypatch.setattr(runs, "ddim_samples", lambda _, prompts, noise: noise / 2)
     row = replace(editing.methods()["asd"], steps=2, lr=0.1)
     monkeypatch.setattr(editing, "methods", lambda: {"asd": row})
-    late = []
-    for concept in ("panda", "owl"):
-        monkeypatch.setattr(edits, "CONCEPTS", ["fox", concept])
-        late.append(edits.edited("simplification", "asd")["late"][-1].int())
-    change = (late[0] - late[1]).abs().amax((1, 2, 3))
-    assert change[0] <= 1 and change[1] > 20                          # the fox: rounding
-
-
-# --------------------------------------------------------------------------- signs, on made-up runs
-def painted(saturation, noise=0.0, seed=0):
-    """uint8 [15, 3, 64, 64]: grey with red in it, and grain."""
-    rng = torch.Generator().manual_seed(seed)
-    images = torch.full((15, 3, 64, 64), 0.5)
-    images[:, 0] += saturation / 2
-    return to_bytes(images + noise * torch.randn(images.shape, generator=rng))
-
-
-def still(saturation, noise=0.0):
-    return {"late": painted(saturation, noise)[None]}
-
-
-def moving(noise):
-    return {"late": torch.stack([painted(0.3, noise, seed) for seed in range(5)])}
+    a, b = (runs.edited("asd", ["a fox"] * 2, ["a flat icon of a fox", target])["after"]
+            for target in ("a panda", "an owl"))
+    change = (a - b).abs().amax((1, 2, 3))
+    assert change[0] < 1e-3 and change[1] > 0.05
 
 
 @tiny
-def test_the_signs_of_the_claims():
-    """Runs that are as the paper says make every test that needs no judge positive."""
-    r = {"samples": {"samples": torch.stack([painted(0.3, 0.1, i)[:4] for i in range(5)])},
-         "sds@1": still(0.1, 0.01), "sds@7.5": still(0.2, 0.05), "sds@100": still(0.9, 0.05),
-         "sds@10000": still(0.9, 0.05), "vsd@7.5": moving(0.1), "asd@7.5": moving(0.01),
-         "vsd@1": moving(0.2), "asd@1": moving(0.02), "short vsd": still(0.3, 0.2),
-         "short sds": still(0.3, 0.01), "short vsd†": still(0.3, 0.02)}
-    tests = pictures.tests_1a(r) | pictures.tests_1b(r) | pictures.tests_4(r)
-    for name, values in tests.items():
-        assert "features" in name or "distance" in name or min(values) > 0, name
+def test_a_student_begins_as_the_priors_one_step(prior, monkeypatch):
+    """x̂0 of its ε, told STUDENT_T; what learns is a copy."""
+    monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *_: prior)
+    before = {key: value.clone() for key, value in prior.network.state_dict().items()}
+    start = runs.student(None, ["a fox"], 1)["x0"][0]
+    noise = torch.randn(1, *prior.shape, generator=torch.Generator().manual_seed(1000))
+    t = torch.tensor([runs.STUDENT_T])
+    alpha_t, sigma_t = prior.alpha_sigma(t)
+    expected = (noise - sigma_t * prior.eps(noise, t, prior.encode_text(["a fox"]))) / alpha_t
+    torch.testing.assert_close(start, expected)
+    learnt = runs.student("asd", ["a fox"], 1, batch=2, steps=1, lr=1e-3)["x0"][0]
+    assert not torch.equal(learnt, start)
+    assert all(torch.equal(x, before[key]) for key, x in prior.network.state_dict().items())
+
+
+# ------------------------------------------------------------------------ signs, on made-up results
+def test_the_law_finds_the_guidance_it_is_given(monkeypatch):
+    """Runs that look exactly like SDS at λ' of their κ have slope 1; at λ'², slope 2."""
+    monkeypatch.setattr(pictures, "measured", lambda x0, _: x0)
+
+    def looks(guidance):
+        return {"grain": guidance ** 0.4, "distance": 0.05 * guidance ** 0.3}
+    r = {"samples": None}
+    for lam in pictures.LADDER:
+        r["ladder", lam] = {"x0": looks(torch.full((3,), lam).double())}
+    for power in (1, 2):
+        for gamma in pictures.GAMMAS:
+            for lam in pictures.LAMBDAS[:4]:
+                kappa = torch.tensor([0.4, 0.5, 0.6])
+                guidance = 1 + (1 + gamma) * (lam - 1) / kappa.double()
+                r["law", gamma, lam] = {"x0": looks(guidance ** power), "kappa": kappa}
+        expected = pytest.approx([power - 1.0] * 3, abs=0.02)
+        assert power == 2 or pictures.law_slopes(r) == expected
+    assert min(pictures.law_slopes(r)) > 0.3                   # the ladder ends at 10⁴
 
 
 @tiny
-def test_the_signs_of_gamma():
-    r = {f"sds@{lam:g}": still(min(1.0, lam / 20)) for lam in pictures.LADDER}
-    for gamma, name in pictures.GAMMAS.items():
-        r[name] = still(min(1.0, pictures.lam_eff(gamma) / 20))
-    r |= {"csd": still(1.0), "vsd@7.5": r["sds@7.5"]}
-    assert pictures.nearest(r, -0.5) == [4.25] * 15 and pictures.lam_eff(-0.5) == 4.25
-    order, classifier, predicted = pictures.tests_gamma(r).values()
-    assert min(order) > 0.9 and min(classifier) > 0 and min(predicted) > 0
-    r |= dict.fromkeys(pictures.GAMMAS.values(), r["sds@30"])       # all alike: nothing is ordered
-    order, _, predicted = pictures.tests_gamma(r).values()
-    assert max(order) == 0 and max(predicted) < 0
+def test_who_wanders_and_who_goes_straight(prior):
+    straight = torch.linspace(0, 1, 15)[:, None, None, None, None] * torch.ones(15, 1, 4, 16, 16)
+    rng = torch.Generator().manual_seed(0)
+    astray = straight + 0.5 * torch.randn(straight.shape, generator=rng)
+    r = {("path", "asd"): {"late": straight}, ("path", "vsd"): {"late": astray}}
+    assert pictures.CLAIMS["1b"].values(r).item() > 0.5
 
 
-@tiny
-def test_the_signs_in_3d():
-    """Against the true solid's own pictures; a drift, and colours that clip."""
-    results = {}
-    for method, saturation, noise, iou in (("sds", 0.2, 0.0, 0.9), ("asd", 0.2, 0.01, 0.95),
-                                           ("vsd", 0.2, 0.1, 0.9), ("csd", 1.0, 0.0, 0.9)):
-        results[method, "a red mug", 0] = {
-            "views": painted(saturation)[:8], "scores": torch.tensor([iou, 20 * iou]),
-            "snapshots": moving(noise)["late"][:, :4]}
-    tests = solids.tests_7(results) | solids.tests_5b(results) | solids.tests_table1(results)
-    for name, values in tests.items():
-        assert "score" in name or min(values) > 0, name
-    assert solids.by_method(results)["vsd"]["drift in pixels"][0] > 0.01
+def test_psnr_at_equal_score_by_hand(monkeypatch):
+    """ASD reaches score 0.6 at 30 dB, DDS at 25; DDS alone goes further."""
+    scores = {"asd": [0.2, 0.4, 0.6, 0.5, 0.6], "dds": [0.2, 0.4, 0.8, 0.9, 0.9]}
+    kept = {"asd": [40.0, 35, 30, 28, 20], "dds": [40.0, 30, 20, 10, 5]}
+    monkeypatch.setattr(edits, "curves", lambda r, method: (
+        torch.tensor([scores[method]]), torch.tensor([kept[method]])))
+    assert edits.at_equal_score({}, "asd", "dds") == pytest.approx([5.0])
+
+
+def test_signs_of_the_other_outcomes(monkeypatch):
+    """Better by 1 in the paper's direction is +1."""
+    monkeypatch.setattr(pictures, "measured", lambda x0, _: {
+        name: x0 for name in ("distance", "over-saturation", "acutance")})
+    r = {key: {"x0": torch.tensor([2.0, 3.0])} for key in pictures.JOBS}
+    r["asd", 7.5] = {"x0": torch.tensor([1.0, 2.0])}
+    r["samples"] = {"over-saturation": torch.tensor([1.0, 2.0])}
+    for name in ("6, SDS", "6, VSD", "5a", "§7"):
+        assert pictures.CLAIMS[name].values(r).tolist() == [1.0, 1.0], name
+    monkeypatch.setattr(student, "kids", lambda r, name: torch.tensor(0.1 if name == "asd" else 1))
+    assert all(claim.values({}).item() == pytest.approx(0.9) for claim in student.CLAIMS.values())
+    monkeypatch.setattr(solids, "SOLIDS", ["a red mug"])
+    r = {(method, "a red mug"): {"psnr": torch.tensor(20.0 + (method == "asd"))}
+         for method in solids.METHODS}
+    signs = {name: claim.values(r).item() for name, claim in solids.CLAIMS.items()}
+    assert signs == {"T1, SDS": 1.0, "T1, VSD": 1.0, "5b": 1.0, "Perp-Neg": -1.0}
+
+
+def test_kid_by_hand():
+    """E[k(a, a')] + E[k(b, b')] − 2 E[k(a, b)] over pairs of different pictures."""
+    rng = torch.Generator().manual_seed(1)
+    a, b = torch.nn.functional.normalize(torch.randn(2, 5, 8, generator=rng), dim=2)
+    k = lambda x, y: (x @ y.T + 1) ** 3
+    different = ~torch.eye(5, dtype=torch.bool)
+    by_hand = k(a, a)[different].mean() + k(b, b)[different].mean() - 2 * k(a, b).mean()
+    assert student.kid(a, b) == pytest.approx(by_hand.item(), abs=1e-4)
+
+
+def test_nine_settings_pair_all_values():
+    rows = [tuple(row.values()) for row in tuning.settings()]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert len({(row[i], row[j]) for row in rows}) == 9
 
 
 # -------------------------------------------------------------------------------------- the command
 @pytest.fixture
 def folder(jobs, tmp_path, monkeypatch):
-    """A repository with one claim, γ, of the jobs above, which holds; its figure is a text."""
+    """A repository with one claim, λ, of the jobs above, which holds; its figure is a text."""
     claim = work.Claim(
-        "water is wet", "Fig. 0", dict(enumerate(jobs)),
-        lambda results: {"it grows": [results[i]["value"].item() + 1 for i in range(4)]},
+        "water is wet", "Fig. 0", dict(enumerate(jobs)), "wetness", "drops", 0.5,
+        lambda results: [results[i]["value"].item() + 1 for i in range(4)],
         lambda path, results: Path(path).write_text("a picture"),
-        lambda results: {"row": {"x": (1.0, 0.5)}}, "none")
-    monkeypatch.setattr(command, "CLAIMS", {"γ": claim})
+        controls=lambda results: {"dry": torch.tensor([1.0, 1.5])},
+        numbers=lambda results: {"row": {"x": 1.0}})
+    monkeypatch.setattr(command, "CLAIMS", {"λ": claim})
     monkeypatch.setattr(command, "FOLDER", tmp_path / "figures")
     (tmp_path / "README.md").write_text("\n".join(["before", *command.MARKS, "after"]))
     return tmp_path / "figures"
@@ -239,21 +309,19 @@ def folder(jobs, tmp_path, monkeypatch):
 
 def test_the_command_writes_its_tables_once(folder, capsys, monkeypatch):
     argv = ["--out", str(folder)]
-    assert command.main(["gamma", "--part", "1/2", *argv]) == 0
+    assert command.main(["lambda", "--part", "1/2", *argv]) == 0
     assert not folder.exists() and "not done yet" in capsys.readouterr().out
     assert command.main(["all", *argv]) == 0 and "holds" in capsys.readouterr().out
-    record = command.read_records(folder)["γ"]
-    assert record["verdict"] == "holds" and record["tests"]["it grows"] == {
-        "mean": 2.5, "error": pytest.approx(0.6455, abs=1e-4), "n": 4, "sure": 1}
+    record = command.read_records(folder)["λ"]
+    assert record["verdict"] == "holds" and record["primary"] == {
+        "name": "wetness", "unit": "drops", "delta": 0.5, "values": [1, 2, 3, 4]}
     page = (folder.parent / "README.md").read_text("utf-8")
     assert page.startswith("before") and page.endswith("after") and "**holds**" in page
-    assert "1.000 ± 0.500" in (folder / "README.md").read_text("utf-8")
-    files = [folder / "gamma.png", *work.KEPT.iterdir()]
-    times = [file.stat().st_mtime_ns for file in files]
-    assert command.main(["all", *argv]) == 0                       # a second call makes nothing
-    assert [file.stat().st_mtime_ns for file in files] == times and len(CALLS) == 4
+    assert "+2.5 [+0.446, +4.55] drops" in page
+    assert (folder / "lambda.png").exists() and "dry" in (folder / "README.md").read_text("utf-8")
+    assert command.main(["all", *argv]) == 0 and len(CALLS) == 4   # a second call runs nothing
     assert "older code" not in capsys.readouterr().out
-    monkeypatch.setattr(work, "module_digest", lambda name: "another")
+    monkeypatch.setattr(work, "code_key", lambda *_: "another")
     assert command.main(argv) == 0 and "holds (older code)" in capsys.readouterr().out
 
 
@@ -269,6 +337,8 @@ def test_the_tables_are_the_records():
     assert set(records) <= set(command.CLAIMS) and command.MARKS[0] in page
     assert page == command.with_table(page, records)
     assert (HERE / "figures/README.md").read_text("utf-8") == command.long_table(records)
-    for name, record in records.items():
-        assert record["verdict"] == work.verdict(record["tests"])
-        assert (HERE / f"figures/{command.file_name(name)}.png").exists()
+    text = json.loads((HERE / "figures/claims.json").read_text("utf-8"))
+    assert text["rule"] == work.RULE
+    for record in records.values():
+        primary = record["primary"]
+        assert record["verdict"] == work.verdict(primary["values"], primary["delta"])

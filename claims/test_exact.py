@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
+import asd
 from claims import exact
 from prior import HERE
-from tiny.exact import GaussianMixture, randn
+from tiny.exact import MIXTURES, GaussianMixture, particle_eps, randn, two_rings
 
 PAGE = HERE / "figures/explorer.html"
 seeds, guidance = st.integers(0, 2 ** 31), st.floats(1.0, 15.0)
@@ -28,11 +28,11 @@ def cloud(seed, n=40):
 
 
 # ----------------------------------------------------------------------------------------- MMD
-@given(seeds, st.sampled_from([*exact.MIXTURES]))
+@given(seeds, st.sampled_from([*MIXTURES]))
 def test_mmd_knows_no_order_and_no_turn(seed, mixture):
     """Neither the particles' order nor a turn by an eighth, which leaves p(x0|y) as it is; and it
     lies between 0 and √2, as k ≤ 1."""
-    x, prior, c = cloud(seed), exact.MIXTURES[mixture](), math.sqrt(0.5)
+    x, prior, c = cloud(seed), MIXTURES[mixture](), math.sqrt(0.5)
     turned = x[torch.randperm(len(x))] @ torch.tensor([[c, c], [-c, c]], dtype=torch.float64)
     assert exact.mmd(turned, prior) == pytest.approx(exact.mmd(x, prior), abs=1e-9)
     assert 0 <= exact.mmd(x, prior) <= math.sqrt(2)
@@ -51,10 +51,10 @@ def test_mmd_of_points_by_hand(seed, other):
 
 
 # ------------------------------------------------------------------------------------ the gradient
-@given(seeds, guidance, st.floats(-0.99, 50.0), st.sampled_from([*exact.MIXTURES]))
+@given(seeds, guidance, st.floats(-0.99, 50.0), st.sampled_from([*MIXTURES]))
 def test_asd_is_vsd_at_lam_eff(seed, lam, gamma, mixture):
     """(1 + γ) times ASD's bracket is VSD's at λ_eff = 1 + (1 + γ)(λ − 1), particle by particle."""
-    prior, (x0, t, eps) = exact.MIXTURES[mixture](), exact.draws(30, 1, seed)
+    prior, (x0, t, eps) = MIXTURES[mixture](), exact.draws(30, 1, seed)
     ours = (1 + gamma) * exact.gradient(prior, "asd", lam, gamma, x0, t[0], eps[0])
     vsd = exact.gradient(prior, "vsd", 1 + (1 + gamma) * (lam - 1), None, x0, t[0], eps[0])
     torch.testing.assert_close(ours, vsd, rtol=1e-10, atol=1e-10)
@@ -63,7 +63,7 @@ def test_asd_is_vsd_at_lam_eff(seed, lam, gamma, mixture):
 @given(seeds, guidance)
 def test_gamma_zero_is_vsd_and_a_lone_particle_sds(seed, lam):
     """E[ε | x_t] of one particle is ε: VSD of one is SDS."""
-    prior, (x0, t, eps) = exact.two_rings(), exact.draws(30, 1, seed)
+    prior, (x0, t, eps) = two_rings(), exact.draws(30, 1, seed)
     at = lambda method, gamma, n: exact.gradient(prior, method, lam, gamma, x0[:n], t[0, :n],
                                                  eps[0, :n])
     assert torch.equal(at("asd", 0.0, 30), at("vsd", None, 30))
@@ -76,51 +76,46 @@ def test_starts_and_noise_are_the_same_for_every_row():
     assert start.shape == (9, 2) and t.shape == (20, 9, 1) and eps.shape == (20, 9, 2)
     assert 0.02 <= t.min() and t.max() <= 0.98
     assert all(map(torch.equal, (start, t, eps), exact.draws(9, 20, 3)))
-    assert {job.function for job in exact.JOBS.values()} == {exact.distilled}
-    assert len({job.name for job in exact.JOBS.values()}) == len(exact.JOBS) == 20
 
 
-# ----------------------------------------------------------------------- signs, on made-up runs
-# how far each row is from p(x0|y), and where its particles are, if the paper is right
-RIGHT = {"SDS, λ 1": (0.9, 0), "SDS": (0.8, 0), "VSD": (0.4, 1), "ASD": (0.2, 2),
-         "ASD, γ −0.9": (0.1, 3), "ASD, γ 1": (0.6, 4), "VSD, λ 1": (0.0, 5), "CSD": (1.0, 9),
-         "ASD, γ 1000": (1.0, 8), "SDS, λ 10⁴": (1.0, 8)}
+def test_the_law_of_a_phi_that_lags_is_exact():
+    """With ε_φ = ε_y + κ(ε_g − ε_y)/(1 + γ), Eq. 7 is κ/(1 + γ) times VSD's at λ'."""
+    x0, t, eps = exact.draws(30, 1, 3)
+    alpha_t, sigma_t = torch.cos(0.5 * math.pi * t[0]), torch.sin(0.5 * math.pi * t[0])
+    x_t, prior = asd.add_noise(x0, eps[0], alpha_t, sigma_t), two_rings()
+    eps_uncond, eps_y = prior.eps(x_t, alpha_t, sigma_t), prior.eps(x_t, alpha_t, sigma_t, y=0)
+    eps_g = particle_eps(x_t, x0, alpha_t, sigma_t)
+    for kappa in (0.1, 0.3, 1.0):
+        for gamma in (-0.75, 0.0, 10.0):
+            eps_phi = eps_y + kappa * (eps_g - eps_y) / (1 + gamma)
+            ours = asd.generator_grad(eps_uncond, eps_y, eps_phi, 7.5)
+            lam = asd.effective_guidance(7.5, gamma, kappa)
+            vsd = asd.generator_grad(eps_uncond, eps_y, eps_g, lam)
+            torch.testing.assert_close(ours, kappa / (1 + gamma) * vsd, rtol=1e-10, atol=1e-10)
+            shares = asd.learnt_share(eps_g[..., None, None], eps_phi[..., None, None],
+                                      eps_y[..., None, None], gamma)
+            torch.testing.assert_close(shares, torch.full((30,), kappa).double())
 
 
-def made_up(rows):
-    results = {}
-    for mixture in exact.MIXTURES:
-        for name, (score, place) in rows.items():
-            results[mixture, name] = {"mmd": torch.full((5,), score),
-                                      "particles": torch.full((5, 7, 2), float(place))}
-    return results
+# ----------------------------------------------------------------------------------- the claims
+def test_random_mixtures_differ_and_are_their_seed():
+    mixtures = [exact.random_mixture(seed) for seed in range(exact.UNITS)]
+    dimensions = {mixture.means.shape[1] for mixture in mixtures}
+    assert {2, 16} <= dimensions and all(2 <= d <= 16 for d in dimensions)
+    assert {int(mixture.labels.max()) + 1 for mixture in mixtures} == {2, 3, 4}
+    assert torch.equal(mixtures[7].means, exact.random_mixture(7).means)
 
 
-def test_the_signs_of_the_claim():
-    tests = exact.tests(made_up(RIGHT))
-    assert len(tests) == 8 * 2 and all(len(values) == 5 for values in tests.values())
-    assert all(min(values) > 0 for values in tests.values()), tests
-
-
-@pytest.mark.parametrize("a, b, part", [
-    ("SDS", "ASD", "MMD, SDS − ASD"), ("VSD", "ASD", "MMD, VSD − ASD"),
-    ("SDS, λ 1", "ASD", "MMD, SDS, λ 1 − ASD"), ("SDS", "VSD", "MMD, SDS − VSD"),
-    ("ASD", "ASD, γ −0.9", "MMD, ASD − ASD, γ −0.9"), ("ASD, γ 1", "VSD", "MMD, ASD, γ 1 − VSD"),
-    ("VSD", "CSD", "γ ≫ 0 is the classifier"), ("SDS", "SDS, λ 10⁴", "so is a huge λ")])
-def test_each_test_can_fail(a, b, part):
-    """Two rows change places: the test that compares them is negative."""
-    tests = exact.tests(made_up(RIGHT | {a: RIGHT[b], b: RIGHT[a]}))
-    values = [values for name, values in tests.items() if part in name]
-    assert len(values) == 2 and max(map(max, values)) < 0
-
-
-def test_the_figure_and_the_numbers(tmp_path):
-    results = made_up(RIGHT)
-    exact.figure(tmp_path / "exact.png", results, side=60)
-    assert Image.open(tmp_path / "exact.png").size[0] > 6 * 60
-    numbers = exact.numbers(results)
-    assert numbers["VSD"]["MMD, two rings"][0] == pytest.approx(0.4)
-    assert numbers.keys() == exact.ROWS.keys()
+def test_the_claims_signs_and_the_equality(monkeypatch):
+    """ASD nearer by 0.1 is +0.1; its particles are those of VSD at λ_eff."""
+    r = {"exact": {"VSD": torch.tensor([0.3, 0.4]), "ASD": torch.tensor([0.2, 0.3])}}
+    assert list(exact.CLAIMS["exact"].values(r)) == pytest.approx([0.1, 0.1])
+    for name, value in (("UNITS", 2), ("PARTICLES", 16), ("STEPS", 20)):
+        monkeypatch.setattr(exact, name, value)
+    found = exact.distilled()
+    assert found["apart"].max() < 1e-6 and found.keys() == {*exact.ROWS, "apart"}
+    assert (found["ASD"] - found["VSD at λ_eff"]).abs().max() < 1e-6
+    assert (found["VSD"] - found["ASD"]).abs().min() > 1e-3
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -150,7 +145,7 @@ def test_the_page_moves_particles_as_this_does(tmp_path):
     n, steps, (start, t, eps) = 48, 40, exact.draws(48, 40, 5)
     flat = {"start": start.flatten().tolist(), "t": t.flatten(1).tolist(),
             "eps": eps.flatten(1).tolist()}
-    cases = [(mixture, *row) for mixture in exact.MIXTURES for row in ROWS]
+    cases = [(mixture, *row) for mixture in MIXTURES for row in ROWS]
     found = run_page(tmp_path, f"""
         const given = {json.dumps(flat)}, cases = {json.dumps(cases)}
         answer(cases.map(([mixture, method, lam, gamma]) => {{
@@ -159,8 +154,7 @@ def test_the_page_moves_particles_as_this_does(tmp_path):
           for (let k = 0; k < {steps}; k++) state = ASD.step(state, given.t[k], given.eps[k])
           return [[...state.theta], ASD.mmd(state.theta, state.mixture)] }}))""")
     for (mixture, *row), (theta, score) in zip(cases, found, strict=True):
-        particles, mmd = exact.mixture_experiment(*row, 5, n, steps,
-                                                  mixture=exact.MIXTURES[mixture])
+        particles, mmd = exact.mixture_experiment(MIXTURES[mixture](), *row, 5, n, steps)
         theta = torch.tensor(theta, dtype=torch.float64).view(n, 2)
         assert (theta - particles).abs().max() < 1e-6, (mixture, row)
         assert score == pytest.approx(mmd, abs=1e-9) and (particles - start).abs().max() > 0.5
@@ -185,7 +179,7 @@ def test_the_page_shows_what_it_says(tmp_path):
           at("reset").click(); found.push(seen())
           answer(found) }, 1500)"""
     found = run_page(tmp_path, script)
-    prior = exact.two_rings()
+    prior = two_rings()
     for each in found:
         theta = torch.tensor(each["theta"], dtype=torch.float64).view(-1, 2)
         assert float(each["mmd"]) == pytest.approx(exact.mmd(theta, prior), abs=5.1e-4)

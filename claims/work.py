@@ -1,86 +1,72 @@
-"""work.py — what every claim is made of: jobs that are kept, paired differences, a verdict.
+"""work.py — what every claim is made of: runs that are kept, one primary outcome, a verdict.
 
-A Job is a function and its arguments; what it returns, tensors by name, is kept in outputs/claims/
-in a file whose name ends in a key of all that it depends on: the weights in tiny/, the packages
-that run them, the arguments, the source files. A Claim names its jobs and turns what they returned
-into tests; one rule turns the tests into a verdict.
+A Job is a function and its arguments. What it returns, tensors by name, is kept in outputs/claims/,
+in a file whose name ends in a key of the code, the weights and the arguments it was made with. A
+Claim names its jobs, and turns what they returned into one paired difference for each prompt.
 """
-import ast
 import functools
 import hashlib
-import math
-import statistics
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from scipy.stats import t as student_t
+from scipy.stats import ttest_1samp
 from tqdm import tqdm
 
 from prior import HERE, UserError
-from tiny.corrective import fingerprint
 from tiny.training import save_tensors, threads_kept
 
 KEPT = Path("outputs/claims")
 RULE = (
-    "Each test is a difference that the paper says is positive, paired run by run (the same prompt "
-    "or solid and seed; seeds of one prompt or solid are averaged first). It is sure where 0 is "
-    "outside its 95 % interval by Student's t. The claim holds if all its tests are surely "
-    "positive; it does not hold here if one is surely negative; else it is undecided, as it is "
-    "where a control, which says that the measure sees what the claim is about, is not surely "
-    "positive. Tests of ours, which the paper does not say, count for no verdict. (Added after the "
-    "first runs: the average over seeds and t, both stricter, controls, what is ours.)")
-
-
-# ------------------------------------------------------------------------------------------ keys
-# the source files that runs depend on, tests aside, beside the module that defines the run
-SOURCES = ("*.py", "cli/settings.py", "tiny/*.py", "claims/pictures.py")
-
-
-def source_digest(*files):
-    """8 digits of what Python files say; comments and layout do not count."""
-    return fingerprint(*(ast.dump(ast.parse(file.read_text("utf-8"))) for file in files))
-
-
-@functools.cache
-def shared_digest():
-    """A digest of SOURCES, of the embedded models, and of the packages that run them."""
-    sources, weights = [], []
-    for pattern in SOURCES:
-        sources += HERE.glob(pattern)
-    for pattern in ("tiny/*/**/*.json", "tiny/*/**/*.txt", "tiny/**/*.safetensors"):
-        weights += HERE.glob(pattern)
-    sources = [file for file in sources if not file.name.startswith(("test_", "conftest"))]
-    packages = [version(name) for name in ("torch", "diffusers", "peft")]
-    return fingerprint(source_digest(*sorted(sources)), packages,
-                       *(hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(weights)))
-
-
-@functools.cache
-def module_digest(name):
-    """A digest of the source of a module that is imported."""
-    return source_digest(Path(sys.modules[name].__file__))
+    "Each claim has one primary outcome, named in the code before any run: a difference, paired by "
+    "prompt, that is positive where the paper is right, and δ, the difference that would matter in "
+    "practice. The verdict is read off the mean's 95 % interval by Student's t: above 0, «holds»; "
+    "below 0, «the other way round»; inside ±δ, «no difference»; else «undecided». Where a claim "
+    "is that two things are equal, it is borne out if the interval lies inside ±δ, and the table "
+    "says whether it does. All other numbers are shown and count for nothing. The measures were "
+    "chosen on controls alone, on prompts that no claim uses; the settings on ten tuning prompts, "
+    "none of them a test prompt.")
 
 
 # ------------------------------------------------------------------------------------------ jobs
+@functools.cache
+def code_key(*patterns):
+    """10 digits of the files' contents, and of the versions of the packages that run them."""
+    digest = hashlib.sha256()
+    for name in ("torch", "diffusers", "peft"):
+        digest.update(version(name).encode())
+    for pattern in patterns:
+        for file in sorted(HERE.glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+# what most runs depend on, beside the module that defines them
+SOURCES = ("asd.py", "prior.py", "phi.py", "tiny/*/**/*.safetensors", "tiny/judge.py")
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
-    """function(**arguments) -> {name: tensor}, once. minutes: what it takes, one thread of two."""
+    """function(**arguments) -> {name: tensor}, once. minutes: what it takes, one thread of two.
+
+    sources: patterns of the files, beside the function's own, that its result depends on.
+    """
     name: str
     function: Callable
     arguments: dict
     minutes: float
+    sources: tuple = SOURCES
 
     @property
     def file(self):
         """Where the result is kept."""
-        module = module_digest(self.function.__module__)
-        key = fingerprint(shared_digest(), module, self.arguments)
-        return KEPT / f"{self.name}-{key}.safetensors"
+        module = self.function.__module__.replace(".", "/") + ".py"
+        key = code_key(module, *self.sources)
+        arguments = hashlib.sha256(repr(sorted(self.arguments.items())).encode()).hexdigest()[:6]
+        return KEPT / f"{self.name}-{arguments}-{key}.safetensors"
 
     def result(self):
         """Return what the function returned. UserError where it has not been run."""
@@ -90,9 +76,10 @@ class Job:
 
     def run(self):
         """Call the function and keep what it returns."""
+        file = self.file               # named by the code that runs, whatever is edited meanwhile
         result = self.function(**self.arguments)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.file, result)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(file, result)
 
 
 def make(jobs, part="1/1"):
@@ -100,8 +87,7 @@ def make(jobs, part="1/1"):
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--part {part} is no part: 1/2 is the first of two")
-    own_jobs = jobs[int(number) - 1::int(parts)]
-    missing = [job for job in own_jobs if not job.file.exists()]
+    missing = [job for job in jobs[int(number) - 1::int(parts)] if not job.file.exists()]
     minutes = round(sum(job.minutes for job in missing))
     with threads_kept(), tqdm(total=minutes, desc=f"part {part}", unit="min",
                               disable=not missing) as bar:
@@ -115,77 +101,74 @@ def make(jobs, part="1/1"):
     return all(job.file.exists() for job in jobs)
 
 
-# ---------------------------------------------------------------------------- tests and verdicts
+# ------------------------------------------------------------------------- outcomes and verdicts
 @dataclass(frozen=True)
 class Claim:
-    """title and says: what the paper says, and where. jobs {key: Job}. tests(what the jobs returned
-    by key) -> {what is compared: its paired differences, positive if the paper is right}; a name
-    may begin with "control: " or "ours: ". clusters: difference i is of prompt or solid i %
-    clusters; None: each has one of its own. figure(path, what the jobs returned) draws. numbers(…)
-    -> more of the table, {row: {measure: value}}. limits: why the miniature may be no judge of it.
+    """title and says: what the paper says, and where. jobs {key: Job}. outcome, unit, delta: the
+    primary outcome in words, and the difference that would matter. values(what the jobs returned
+    by key) -> one paired difference for each prompt, positive where the paper is right.
+
+    controls(…) -> {what must be positive if the measure sees what the claim is about: numbers}.
+    numbers(…) -> more of the table, {row: {column: numbers}}. figure(path, …) draws. ours: the
+    paper does not say it. equality: the claim is that the outcome is 0, within δ.
     """
     title: str
     says: str
     jobs: dict
-    tests: Callable
-    figure: Callable | None = None
-    numbers: Callable | None = None
-    limits: str = ""
-    clusters: int | None = None
+    outcome: str
+    unit: str
+    delta: float
+    values: Callable
+    figure: Callable | None
+    controls: Callable = field(default=lambda results: {})
+    numbers: Callable = field(default=lambda results: {})
+    ours: bool = False
+    equality: bool = False
 
     def record(self, results):
         """Return what claims.json has about the claim; results: what its jobs returned."""
-        tests = {name: tested(differences, self.clusters)
-                 for name, differences in self.tests(results).items()}
-        return {"claim": self.title, "paper": self.says, "verdict": verdict(tests),
-                "tests": tests, "limits": self.limits,
-                "numbers": self.numbers(results) if self.numbers else {}}
+        values = [float(value) for value in self.values(results)]
+        return {
+            "claim": self.title, "paper": self.says, "verdict": verdict(values, self.delta),
+            "ours": self.ours, "equality": self.equality,
+            "primary": {"name": self.outcome, "unit": self.unit, "delta": self.delta,
+                        "values": values},
+            "controls": summaries(self.controls(results)),
+            "numbers": {row: summaries(columns)
+                        for row, columns in self.numbers(results).items()},
+            "made of": self.made_of()}
 
     def made_of(self):
-        """A digest of the jobs, and of the code that judges them."""
-        return fingerprint(module_digest(__name__), *(str(job.file) for job in self.jobs.values()))
+        """The files of its jobs: their names tell whether a record is of today's code."""
+        return sorted({job.file.name for job in self.jobs.values()})
 
 
-def mean_and_error(values):
-    """(mean, its standard error) of numbers; the error of one alone is not known: nan."""
-    values = [float(value) for value in values]
-    if len(values) == 1:
-        return values[0], math.nan
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+def interval(values):
+    """Numbers, at least two -> the mean, and its 95 % interval by Student's t."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    mean = values.mean().item()
+    if values.std() == 0:                         # scipy's interval is then not a number
+        return mean, mean, mean
+    found = ttest_1samp(values.numpy(), 0).confidence_interval(0.95)
+    return mean, float(found.low), float(found.high)
 
 
-def numbers_of(rows):
-    """{row: {measure: numbers}} -> the same with (mean, its standard error) of each."""
-    table = {}
-    for name, measures in rows.items():
-        table[name] = {measure: mean_and_error(values) for measure, values in measures.items()}
-    return table
-
-
-def tested(values, clusters=None):
-    """Paired differences -> {"mean", "error", "n", "sure": 1, −1, or 0 where 0 is not outside}."""
-    if clusters and len(values) > clusters:
-        values = [statistics.fmean(values[i::clusters]) for i in range(clusters)]
-    mean, error = mean_and_error(values)
-    radius = student_t.ppf(0.975, len(values) - 1) * error        # of one alone: nan
-    sure = int(mean > radius) - int(mean < -radius)
-    return {"mean": mean, "error": error, "n": len(values), "sure": sure}
-
-
-def paper_tests(tests):
-    """The tests of what the paper says: neither controls nor ours."""
-    return {name: test for name, test in tests.items()
-            if not name.startswith(("control: ", "ours: "))}
-
-
-def verdict(tests):
-    """RULE: {name: {"sure": …}} -> "holds", "does not hold here", "undecided"."""
-    controls = [test["sure"] for name, test in tests.items() if name.startswith("control: ")]
-    sure = [test["sure"] for test in paper_tests(tests).values()]
-    if min(controls, default=1) < 1:
-        return "undecided"
-    if min(sure) < 0:
-        return "does not hold here"
-    if min(sure) > 0:
+def verdict(values, delta):
+    """RULE: paired differences -> one of its four verdicts."""
+    _, low, high = interval(values)
+    if low > 0:
         return "holds"
+    if high < 0:
+        return "the other way round"
+    if -delta < low and high < delta:
+        return "no difference"
     return "undecided"
+
+
+def summaries(columns):
+    """{name: numbers} -> {name: [mean, low, high]}; a single number stays one."""
+    found = {}
+    for name, numbers in columns.items():
+        numbers = torch.as_tensor(numbers, dtype=torch.float64).flatten()
+        found[name] = list(interval(numbers)) if len(numbers) > 1 else numbers.item()
+    return found

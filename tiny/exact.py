@@ -75,3 +75,25 @@ def particle_eps(x_t, particles, alpha_t, sigma_t, bandwidth=0.0):
     var = alpha_t ** 2 * bandwidth ** 2 + sigma_t ** 2
     logits = alpha_t * x_t @ particles.T - 0.5 * alpha_t ** 2 * (particles ** 2).sum(-1)
     return sigma_t * (x_t - alpha_t * torch.softmax(logits / var, -1) @ particles) / var
+
+
+# -------------------------------------- two in the plane, of the tests and of figures/explorer.html
+def two_rings():
+    """Class 0 (y): 8 modes on a ring of radius 2.  Class 1: 8 modes between them, at radius 1.
+
+    Nothing bounds here how far guidance can push, as both have the same spread; a cloud does.
+    """
+    angle = torch.arange(16, dtype=torch.float64) * math.pi / 8
+    radius = 2.0 - torch.arange(16) % 2
+    means = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+    return GaussianMixture(means, [0.2] * 16, labels=torch.arange(16) % 2)
+
+
+def ring_in_a_cloud():
+    """The same class 0.  Class 1, as likely as it: one Gaussian of std 2 about the origin."""
+    ring = two_rings().means[::2]
+    return GaussianMixture(torch.cat([ring, torch.zeros(1, 2)]), [0.2] * 8 + [2.0], [1.0] * 8 + [8],
+                           labels=[0] * 8 + [1])
+
+
+MIXTURES = {"two rings": two_rings, "a ring in a cloud": ring_in_a_cloud}
