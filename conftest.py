@@ -1,5 +1,7 @@
-"""What the tests share: one thread, hypothesis's profile, random mixtures of tiny/exact.py."""
+"""What the tests share: one thread, hypothesis's profile, processes, mixtures of tiny/exact.py."""
+import gc
 import math
+import multiprocessing
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"       # pytest-xdist starts a process for each core
@@ -12,18 +14,40 @@ from hypothesis import strategies as st
 from tiny.exact import GaussianMixture, particle_eps, randn  # noqa: F401
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000)        # of the time that diffusers' imports take, a quarter is for garbage
 settings.register_profile("asd", max_examples=25, deadline=None, derandomize=True, database=None,
                           suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("asd")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Timings run with --benchmark-only -n 0 alone: beside other tests they would measure those."""
+    """Tests of processes come first: they last longest, and one worker then starts their server.
+
+    Timings run with --benchmark-only -n 0 alone: beside other tests they would measure those.
+    """
+    items.sort(key=lambda item: "fork" not in item.fixturenames)
     if config.getoption("benchmark_only", False):
         return
     for item in items:
         if "benchmark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.skip(reason="a timing: --benchmark-only"))
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """fork(function, *arguments) -> a process, forked from a fresh Python that has the imports.
+
+    That one has computed no gradient yet. The process ends with this one at last.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch._dynamo", "test_runs",        # the first for optimisers
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft"])
+
+    def start(function, *arguments):
+        process = server.Process(target=function, args=arguments, daemon=True)
+        process.start()
+        return process
+    return start
 
 
 def cosine(t):

@@ -8,8 +8,6 @@ device. The commands run in a process of their own, as PyTorch knows the device 
 """
 import functools
 import json
-import os
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -159,13 +157,19 @@ def prepare():
 
     import nerf
     import prior
+    import text_to_3d
+    import variants
+    from cli import run
     _setup_privateuseone_for_python_backend("other")
     torch.__future__.set_overwrite_module_params_on_conversion(True)       # by module.to(…)
     with ComputeMode(), MakeMode(), pytest.raises(RuntimeError, match="two devices"):
         torch.ones(2).to("other") + torch.ones(2)              # it does refuse
-    prior.usable = str                                         # a device is what it is called
+    for module in (prior, run, variants):
+        module.usable = str                                    # a device is what it is called
     prior.Prior.from_pretrained = functools.cache(prior.Prior.from_pretrained)
-    nerf.write_all = functools.partial(nerf.write_all, size=8, views=1, frames=1, cells=8)
+    small = functools.partial(nerf.write_all, size=8, views=1, frames=1, cells=8)
+    nerf.write_all = text_to_3d.write_all = small
+    text_to_3d.view_scores = functools.partial(text_to_3d.view_scores, samples=4)
     # writers that read the memory of a tensor, which an OtherTensor has not
     huggingface_hub.serialization._torch._get_unique_id = id
     flatten = safetensors.torch._flatten_as_ptr
@@ -216,16 +220,18 @@ def run_cases(folder, names):
     return results
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    done = subprocess.run([sys.executable, __file__, tmp_path_factory.mktemp("device")], cwd=HERE,
-                          capture_output=True, text=True, check=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return json.loads(done.stdout.splitlines()[-1])
+def write_results(folder):
+    """Run all cases -> folder/results.json. In a process of its own, of one thread."""
+    torch.set_num_threads(1)
+    (folder / "results.json").write_text(json.dumps(run_cases(folder, [])))
 
 
-def test_the_same_on_another_device(results):
-    """One test, so that one worker runs the process."""
+def test_the_same_on_another_device(fork, tmp_path):
+    """One test, as all cases share their models."""
+    process = fork(write_results, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results.keys() == CASES.keys() and not any(results.values()), results
 
 

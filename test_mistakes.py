@@ -41,7 +41,6 @@ from test_runs import (  # noqa: F401 (fixtures)
     config_of,
     contents,
     finished,
-    fork,
     load_once,
     made_once,
     metrics,
@@ -587,7 +586,8 @@ def with_full_disk(number, argv, log):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("number, flags, status", [
     (2, [], 0), (2, ["--lam", "nan"], 2), (1, [], 2)])
-def test_a_full_disk_behind_a_stream(model, tmp_path, monkeypatch, number, flags, status):  # noqa: F811
+def test_a_full_disk_behind_a_stream(fork, model, tmp_path, monkeypatch, number, flags,  # noqa: F811
+                                     status):
     """Behind stderr it ends no run, and a mistake's status stays; behind stdout it is a mistake."""
     monkeypatch.chdir(tmp_path)
     argv = ["--prompt", "a fox", "--model", model, "--steps", "1", "--method", "sds", *flags]

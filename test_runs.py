@@ -152,18 +152,6 @@ def frames_of_film(folder):
         return film.width // 128
 
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "test_runs"])
-
-
-def fork(target, *arguments):
-    """Start a process from a fresh Python that has the imports; it ends with this one at last."""
-    process = SERVER.Process(target=target, args=arguments, daemon=True)
-    process.start()
-    return process
-
-
 # ----------------------------------------------------------------------------- what a run leaves
 @pytest.mark.parametrize("name, phi, file", [
     ("sds", None, None), ("vsd", "embedding", "learned_embeds"),
@@ -225,7 +213,7 @@ def closed(numbers, argv, log):
     os._exit(status)
 
 
-def test_streams_may_be_closed(model, tmp_path, monkeypatch):
+def test_streams_may_be_closed(fork, model, tmp_path, monkeypatch):
     """`2>&-` and `>&- 2>&-`: the run is made, status 0."""
     monkeypatch.chdir(tmp_path)
     flags = ["--model", model, "--prompt", "a red apple", "--steps", "1", "--device", "cpu",
@@ -574,7 +562,7 @@ def kill_at(process, lines, seconds):
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
-def test_a_killed_run_goes_on_bit_for_bit(model, tmp_path, monkeypatch, seed):
+def test_a_killed_run_goes_on_bit_for_bit(fork, model, tmp_path, monkeypatch, seed):
     """Every other one is killed while a checkpoint is written, the others at any moment.
 
     The lock of the dead process is none.
@@ -722,8 +710,8 @@ def hold(folder, ready):
         time.sleep(600)
 
 
-def test_the_lock_of_a_dead_process_is_none(finished, tmp_path):
-    ready = SERVER.Event()
+def test_the_lock_of_a_dead_process_is_none(fork, finished, tmp_path):
+    ready = multiprocessing.get_context("forkserver").Event()
     process = fork(hold, tmp_path / "run", ready)
     assert ready.wait(300)
     one_line(finished("--resume", "run"), "another process is at work in run")
@@ -732,7 +720,7 @@ def test_the_lock_of_a_dead_process_is_none(finished, tmp_path):
     assert finished("--resume", "run")[0] == 0
 
 
-def test_runs_that_start_together_have_a_folder_each(model, tmp_path, monkeypatch):
+def test_runs_that_start_together_have_a_folder_each(fork, model, tmp_path, monkeypatch):
     """Two processes of one name: two folders; with the same --out the second one is refused."""
     monkeypatch.chdir(tmp_path)
     argv = ["--prompt", "a red apple", "--steps", "1", "--model", model, "--method", "sds"]
@@ -773,7 +761,7 @@ def as_rank(number, size, port, name, argv, log, moment):
     command(name, argv, log, moment)
 
 
-def start_ranks(size, name, argv, moment=None):
+def start_ranks(fork, size, name, argv, moment=None):
     """Start a command as several processes, of which number 0 is killed at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -784,9 +772,9 @@ def start_ranks(size, name, argv, moment=None):
     return ranks
 
 
-def run_ranks(size, name, *argv, moment=None):
+def run_ranks(fork, size, name, *argv, moment=None):
     """Run a command as several processes. -> exit codes, outputs"""
-    ranks = start_ranks(size, name, [str(word) for word in argv], moment)
+    ranks = start_ranks(fork, size, name, [str(word) for word in argv], moment)
     for process in ranks:
         process.join(300)
     return ([process.exitcode for process in ranks],
@@ -802,39 +790,39 @@ def close_theta(a, b):
 
 
 @needs_tiny_sd
-def test_the_number_of_processes_changes_rounding_alone(tmp_path, monkeypatch):
-    """Of tiny-sd: one process; and four, of which one is killed, then two that go on."""
+def test_the_number_of_processes_changes_rounding_alone(fork, tmp_path, monkeypatch):
+    """Of tiny-sd: one process; and three, of which one is killed, then two that go on."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(asd.Prior, "from_pretrained", load_once)
-    flags = [*PICTURE, "--particles", "4", "--device", "cpu", "--steps", "6", "--save-every", "1",
+    flags = [*PICTURE, "--particles", "4", "--device", "cpu", "--steps", "4", "--save-every", "1",
              "--share-noise"]
     assert asd.main([*flags, "--out", "one"]) == 0
-    codes, outputs = run_ranks(4, "asd", *flags, "--out", "four", moment=(2, 0))
-    assert codes[0] == -signal.SIGKILL and codes[1:] == [2, 2, 2], outputs
-    codes, outputs = run_ranks(2, "asd", "--resume", "four")
+    codes, outputs = run_ranks(fork, 3, "asd", *flags, "--out", "three", moment=(2, 0))
+    assert codes[0] == -signal.SIGKILL and codes[1:] == [2, 2], outputs
+    codes, outputs = run_ranks(fork, 2, "asd", "--resume", "three")
     assert codes == [0, 0] and outputs[1] == "", outputs           # number 0 alone speaks
-    close_theta("one", "four")
-    rows = [[row["grad_norm"] for row in metrics(folder)] for folder in ("one", "four")]
+    close_theta("one", "three")
+    rows = [[row["grad_norm"] for row in metrics(folder)] for folder in ("one", "three")]
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)
 
 
-def test_processes_divide_the_views_of_a_scene(model, tmp_path, monkeypatch):
+def test_processes_divide_the_views_of_a_scene(fork, model, tmp_path, monkeypatch):
     """… with their micro-batches and a background that is drawn or learnt."""
     monkeypatch.chdir(tmp_path)
     cheaper(monkeypatch.setattr)
     flags = [*MUG, "--views", "4", "--micro-batch", "1", "--background", "random", "--sparsity",
              "1", "--model", model, "--device", "cpu", "--settings", "tiny", "--steps", "3"]
     assert text_to_3d.main([*flags, "--out", "one"]) == 0
-    codes, outputs = run_ranks(2, "text_to_3d", *flags, "--out", "two")
+    codes, outputs = run_ranks(fork, 2, "text_to_3d", *flags, "--out", "two")
     assert codes == [0, 0], outputs
     close_theta("one", "two")
 
 
-def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatch):
+def test_where_a_process_ends_the_run_ends_in_a_line(fork, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [*PICTURE, "--particles", "2", "--model", model, "--steps", "400", "--save-every", "1",
              "--method", "sds", "--out", "run"]
-    ranks = start_ranks(2, "asd", flags)
+    ranks = start_ranks(fork, 2, "asd", flags)
     while not Path("run/checkpoint.safetensors").exists():
         assert ranks[0].exitcode is None, Path("log0").read_text()
         time.sleep(0.01)
@@ -846,10 +834,10 @@ def test_where_a_process_ends_the_run_ends_in_a_line(model, tmp_path, monkeypatc
     assert checkpoint("run")["theta.0"].isfinite().all()
 
 
-def test_what_cannot_be_divided_is_one_line(model, tmp_path, monkeypatch):
+def test_what_cannot_be_divided_is_one_line(fork, model, tmp_path, monkeypatch):
     """Process 0 alone says it."""
     monkeypatch.chdir(tmp_path)
-    codes, (first, second) = run_ranks(2, "asd", *PICTURE, "--model", model, "--out", "run")
+    codes, (first, second) = run_ranks(fork, 2, "asd", *PICTURE, "--model", model, "--out", "run")
     assert codes[0] == 2 and codes[1] in (2, 1) and second == ""
     assert "too many for 1 samples" in first and len(first.strip().splitlines()) == 1
     assert not Path("run").exists()
