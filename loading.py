@@ -74,7 +74,12 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
 
     home: the folder that names are looked up in, after the current one. See Prior.from_pretrained.
     """
+    if not path_or_name:
+        raise UserError('the name of the model is empty: "tiny-sd" is the embedded one')
     path = Path(path_or_name)
+    if config is not None and not path.is_file():
+        raise UserError(f"config {config} is for a model in one .safetensors file, and "
+                        f"{path_or_name} is none")
     places = [path, home / path_or_name]
     if path_or_name == "tiny-sd":            # the embedded one, whatever lies in the current folder
         places = [home / "tiny" / "sd"]

@@ -91,6 +91,9 @@ class LoRAPhi(nn.Module):
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding
         from peft import LoraConfig
+        if cond is not None and not torch.is_tensor(cond):
+            raise ValueError("cond is prompt embeddings [1, L, C], from prior.encode_text([…]), "
+                             f"not {cond!r}")
         if phi_model is not None:
             prior, cond = own_checkpoint(prior, phi_model, as_list(prompts), cond)
         if camera and prior.family.network != "unet":
@@ -119,6 +122,7 @@ class LoRAPhi(nn.Module):
     def adapt(self, rank, targets, rng):
         """Put adapters beside the layers whose names end in `targets`, drawn from rng."""
         # A ~ N(0, 1/r²) and B = 0, as in diffusers' LoRA layers and in ProlificDreamer
+        targets = as_list(targets)
         ends = tuple(f".{target}" for target in targets)
         names = [name for name, module in self.network.named_modules()
                  if f".{name}".endswith(ends) and can_adapt(module)]
@@ -260,7 +264,7 @@ class EmbeddingPhi(nn.Module):
 
     def __init__(self, prior, prompts, tokens=4, checkpointing=False):
         super().__init__()
-        if prompts is None:
+        if not as_list(prompts):
             raise ValueError("an embedding φ starts at its prompt: EmbeddingPhi(prior, prompt)")
         if prior.family.read is None:
             raise ValueError(f"{prior.name}: an embedding φ needs CLIP's text encoders: use a LoRA")

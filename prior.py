@@ -248,7 +248,8 @@ class Prior:
         self.center, self.scale = (v.to(self.device) for v in self.latent_units())
         self.encoded = {}                                          # {prompt: cond [L, C]}
         with torch.no_grad(), torch.device("cpu"), quiet(), full_precision():
-            pooled = self.family.encode(pipe, "", self.text_device)[1]
+            tokens, pooled = self.family.encode(pipe, "", self.text_device)
+        self.width = tokens.shape[2]                               # C of cond [B, L, C]
         self.pooled = 0 if pooled is None else pooled.shape[1]
 
     device = property(lambda self: self.network.device)
@@ -272,6 +273,12 @@ class Prior:
         folder, whatever load_lora_weights takes; lora_scale: its weight. safetensors only. Raises
         UserError where the model cannot be loaded, or where its parts do not fit together.
         """
+        # what would be ignored in silence, or taken for something else; a dtype "float16" would
+        # leave the VAE in half precision, which overflows
+        if lora is None and lora_scale != 1:
+            raise UserError(f"a lora_scale of {lora_scale:g} without a lora (--lora) does nothing")
+        if not isinstance(dtype, (torch.dtype, type(None))):
+            raise UserError(f"dtype is a torch.dtype, such as torch.float16, not {dtype!r}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
         with torch.device("cpu"):                # whatever the caller's default device is
@@ -312,6 +319,8 @@ class Prior:
 
         UserError where the network takes no such size.
         """
+        if not isinstance(size, (int, type(None))):
+            raise UserError(f"has a size of {size!r}: pixels of a side, a whole number, are needed")
         config = self.network.config
         pixels = 2 ** (len(self.vae.config.block_out_channels) - 1) * self.patch     # of a latent
         if size is None:
@@ -405,8 +414,16 @@ class Prior:
         return center[None, :, None, None], scale[None, :, None, None]
 
     def alpha_sigma(self, t):
-        """t [B] -> (α_t, σ_t), each [B, 1, 1, 1] float32."""
-        return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
+        """t [B], or an int for all -> (α_t, σ_t), each [B, 1, 1, 1] float32. ValueError: no such t.
+        """
+        t = torch.as_tensor(t, device=self.alphas.device)
+        if t.dim() > 1 or t.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"t is a whole number, or a tensor [B] of such, not {t}")
+        try:                          # unlike [t], it takes no negative t for one from the end
+            alpha_t, sigma_t = self.alphas.index_select(0, t), self.sigmas.index_select(0, t)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"t must lie in 0 … {self.steps - 1}: {t}") from error
+        return alpha_t.view(-1, 1, 1, 1), sigma_t.view(-1, 1, 1, 1)
 
     @torch.no_grad()
     def encode_text(self, prompts):
@@ -417,8 +434,9 @@ class Prior:
         """
         if isinstance(prompts, str):
             prompts = [prompts]
-        if not len(prompts):
-            raise ValueError("no prompt is given: \"\" is the null prompt")
+        if not isinstance(prompts, (list, tuple)) or {str} != {type(text) for text in prompts}:
+            raise ValueError(f"no prompt is given, but {prompts!r}: a text, or a list of texts; "
+                             "\"\" is the null prompt")
         for prompt in prompts:
             if prompt not in self.encoded:
                 self.encoded[prompt] = self.encode_one(prompt)
@@ -483,7 +501,9 @@ class Prior:
         """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean.
 
         The whole batch at once, as gradients may flow: --pixels needs memory for all pictures.
+        ValueError for what is no floats [B, 3, height, width].
         """
+        check_images(images)
         with full_precision():
             mean = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist.mean
         return (F.pixel_unshuffle(mean.float(), self.patch) - self.center) * self.scale
@@ -491,6 +511,8 @@ class Prior:
     def decode(self, x0, clamp=True):
         """x0 [B, C, H, W] -> RGB in [0, 1], float32; clamp=False: as the decoder has it, which may
         lie outside. FloatingPointError where x0 is not finite."""
+        if not torch.is_tensor(x0) or x0.dim() != 4 or x0.shape[1] != self.shape[0]:
+            raise ValueError(f"x0 is [B, {self.shape[0]}, H, W], not {kind_of(x0)}")
         if not x0.isfinite().all():
             raise FloatingPointError("latents that are not finite cannot be made a picture")
         z = F.pixel_shuffle(x0 / self.scale + self.center, self.patch)
@@ -502,10 +524,19 @@ class Prior:
     def eps(self, x_t, t, cond):
         """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.
 
-        Raises ValueError where the canvas is not the checkpoint's, or the batches differ.
+        An int t is that of all. Raises ValueError where the canvas is not the checkpoint's, the
+        batches differ, or there is no such t.
         """
         if not torch.is_tensor(cond) or cond.dim() != 3:
             raise ValueError("cond is prompt embeddings [B, L, C], from encode_text([…])")
+        if cond.shape[2] != self.width:
+            raise ValueError(f"cond is {list(cond.shape)}, but {self.name} reads embeddings of "
+                             f"{self.width}: another prior has encoded it")
+        if not torch.is_tensor(x_t):
+            raise ValueError(f"x_t is a tensor [B, C, H, W], not {kind_of(x_t)}")
+        t = torch.as_tensor(t, device=x_t.device)
+        if t.dim() == 0:
+            t = t.expand(len(x_t))
         if (len(t), len(cond)) != (len(x_t), len(x_t)):
             raise ValueError(f"x_t has {len(x_t)} samples, t {len(t)}, cond {len(cond)}")
         if tuple(x_t.shape[1:]) != self.shape:
@@ -515,20 +546,53 @@ class Prior:
 
     def eps_of(self, network, x_t, t, cond, **kwargs):
         """The same for another view of the network, φ's, whatever the canvas."""
+        levels = self.alpha_sigma(t)             # ValueError for a wrong t, before the network
         with full_precision():
             dtype = self.dtype                   # looks at all weights: once is enough
             tokens, pooled = self.unpack(cond.to(dtype))
             output = self.family.predict(self, network, x_t.to(dtype), t, tokens, pooled,
                                          **kwargs)
-            return to_eps(output.float(), x_t, *self.alpha_sigma(t), self.prediction_type)
+            return to_eps(output.float(), x_t, *levels, self.prediction_type)
 
 
 # --------------------------------------------------- generators whose θ is x0, or a picture, itself
+def kind_of(value):
+    """What a value is, for an error: a tensor's type and shape, else its class."""
+    if torch.is_tensor(value):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def check_images(images):
+    """ValueError for what is no floats [B, 3, height, width]."""
+    if not torch.is_tensor(images) or images.dim() != 4 or images.shape[1] != 3 \
+            or not images.is_floating_point():
+        raise ValueError("images are floats [B, 3, height, width] in [0, 1], not "
+                         f"{kind_of(images)}")
+
+
+def check_start(images, particles):
+    """ValueError for pictures that are none in [0, 1], such as 0 … 255, and for no particles.
+
+    A little beyond is no mistake: a resized picture overshoots.
+    """
+    if particles < 1:
+        raise ValueError(f"there must be at least 1 particle, not {particles}")
+    if images is None:
+        return
+    check_images(images)
+    if not len(images):
+        raise ValueError("images are none at all: [0, 3, height, width]")
+    if not (images.min() > -0.2 and images.max() < 1.2):
+        raise ValueError(f"images lie in [0, 1], these in {images.min():g} … {images.max():g}")
+
+
 class Latents(nn.Module):
     """The simplest generator: θ is x0 itself, `images` [B, 3, H, W] encoded, or unit noise."""
 
     def __init__(self, prior, particles=1, rng=None, images=None):
         super().__init__()
+        check_start(images, particles)
         self.prior = prior
         if images is None:
             start = torch.randn(particles, *prior.shape, generator=rng, device="cpu")
@@ -557,6 +621,7 @@ class Pixels(nn.Module):
 
     def __init__(self, prior, particles=1, rng=None, images=None):
         super().__init__()
+        check_start(images, particles)
         self.prior = prior
         if images is None:
             noise = torch.randn(particles, 3, *prior.image_size, generator=rng, device="cpu")
@@ -599,6 +664,8 @@ def ode_end(eps_of, x_t, t, steps, alpha_sigma, eps=None):
     eps_of(x, t) -> ε; alpha_sigma(t) -> (α_t, σ_t); eps: ε at x_t, where it is known already. One
     step is one_step_x0. Source: DDIM, arXiv 2010.02502, Eq. 12 with η = 0.
     """
+    if steps < 1:
+        raise ValueError(f"the ODE takes at least 1 step, not {steps}")
     for k in range(steps, 0, -1):
         now = t * k // steps
         eps = eps_of(x_t, now) if eps is None else eps

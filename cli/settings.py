@@ -109,7 +109,7 @@ class Optimiser(Settings):
     lr: Positive = flag("learning rate for θ")
     lr_end: float = flag("the rate falls to this part of --lr", ge=0, le=1e6)
     optimizer: Text = flag("of θ")
-    beta2: Fraction = flag("of Adam, for θ and φ")
+    beta2: float = flag("of Adam, for θ and φ", ge=0, lt=1)
     adam_eps: Positive = flag("of Adam, for θ and φ")
 
 
@@ -469,6 +469,8 @@ def check(settings, command):
     command.check(settings)
     if not all(prompt.strip() for prompt in command.prompts(settings)):
         raise UserError('give a --prompt that is not empty, such as --prompt "a red apple"')
+    if settings.lora is None and settings.lora_scale != 1:
+        raise UserError(f"--lora-scale {settings.lora_scale:g} is how much of --lora: give that")
     t_max = settings.t_max
     if settings.t_late < 1:
         t_max = min(t_max, settings.t_max_late)
