@@ -33,6 +33,10 @@ from pathlib import Path
 
 if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
     sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    if not Path(__file__).resolve().with_name("cli").is_dir():
+        print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
+              "command needs all of the clone beside it", file=sys.stderr)
+        sys.exit(2)
     import cli.start  # noqa: F401
 
 import torch
@@ -147,9 +151,9 @@ class Edited(nn.Module):
 
     def __init__(self, prior, images, mask=None, pixels=False, rng=None):
         super().__init__()
-        images = images.to(prior.device).contiguous()
-        mask = torch.ones_like(images[:, :1]) if mask is None else mask.to(images)
         self.inner = (asd.Pixels if pixels else asd.Latents)(prior, len(images), rng, images)
+        images = images.to(prior.device).contiguous()
+        mask = torch.ones_like(images[:, :1]) if mask is None else checked_mask(mask, images)
         with torch.no_grad():
             source = self.inner().clone()
         # a latent whose cell meets the mask may change
@@ -171,6 +175,17 @@ class Edited(nn.Module):
         return self.image
 
 
+def checked_mask(mask, images):
+    """The mask, like the images. ValueError for one that does not fit, or lets nothing change."""
+    from prior import kind_of
+    if not torch.is_tensor(mask) or mask.shape not in {images[:n, :1].shape for n in (1, None)}:
+        raise ValueError(f"mask is [1 or B, 1, H, W], for images {list(images.shape)}, not "
+                         f"{kind_of(mask)}")
+    if not (mask > 0).any():
+        raise ValueError("the mask is black (0) throughout: nothing would change")
+    return mask.to(images)
+
+
 def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callback=None):
     """Edit pictures: RGB [B, 3, H, W] in [0, 1], B prompts each, mask as in Edited -> RGB alike.
 
@@ -181,6 +196,8 @@ def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callb
         if method not in methods():
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(methods())}")
         method = methods()[method]
+    if not isinstance(method, Edit):
+        raise ValueError(f"method is an Edit, or a name of methods(), not {method!r}")
     if method.optimizer == "sgd":                # the loop's loss is the mean over the batch
         method = replace(method, lr=method.lr * len(images))
     rng = torch.Generator().manual_seed(seed)
