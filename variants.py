@@ -23,10 +23,15 @@ call, and finds the answers under the same names. The rows of asd.py are offered
 exact and --generator network.
 """
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
     sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    if not Path(__file__).resolve().with_name("cli").is_dir():
+        print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
+              "command needs all of the clone beside it", file=sys.stderr)
+        sys.exit(2)
     import cli.start  # noqa: F401
 
 import torch
@@ -122,6 +127,9 @@ class CSD(NoisePhi):
         if lam == 1:
             raise ValueError("CSD has no gradient at --lam 1: it is (λ − 1)(ε_y − ε_∅)")
         schedule = schedule or ("coarse" if negative else "classifier")
+        if isinstance(schedule, str) and schedule not in CSD_SCHEDULES:
+            raise ValueError(f"unknown schedule {schedule!r}: choose one of "
+                             f"{', '.join(CSD_SCHEDULES)}")
         self.first, self.last, share = CSD_SCHEDULES.get(schedule, schedule)
         self.prior, self.lam, self.span, self.step = prior, lam, max(1, share * steps), 0
         self.texts = [negative] if negative else []
@@ -182,6 +190,8 @@ class Bridge(NoisePhi):
             raise ValueError("SDS-Bridge's φ is made for its prompts: Bridge(prior, prompts, …)")
         if bridge_start is None:
             bridge_start = 0.5 if source_words is None else 0.0
+        if not 0 <= bridge_start <= 1:
+            raise ValueError(f"bridge_start is a fraction of the steps, not {bridge_start}")
         words = [BRIDGE_SOURCE if source_words is None else source_words,
                  BRIDGE_TARGET if target_words is None else target_words]
         self.prior, self.lam, self.ode_steps = prior, lam, bridge_steps
@@ -268,7 +278,7 @@ class Exact(NoisePhi):
 
     def __init__(self, prior, prompts, gamma, bandwidth=0.0):
         super().__init__()
-        if gamma <= -1:
+        if not gamma > -1:
             raise ValueError(f"an exact φ is the minimiser of Eq. 10, which has none at --gamma "
                              f"{gamma:g}: give one above -1, such as --gamma -0.5")
         self.prior, self.gamma, self.bandwidth = prior, gamma, bandwidth
@@ -359,7 +369,7 @@ def build(settings, prior, method, rng, folder, new):
 
 def train_corrective(settings):
     """Sample (or read) pictures, train b_k on them, write it. Resumes; see tiny/training.py."""
-    from tiny import corrective
+    from tiny import corrective, data
     name = Path(settings.model).name
     if not settings.out and name != "tiny-sd":
         raise UserError(f"--model {settings.model} needs an --out FILE of its own: "
@@ -367,8 +377,12 @@ def train_corrective(settings):
     out = Path(settings.out or corrective.OWN)
     if settings.out and out.exists() and not (out.is_file() and corrective.is_bias(out)):
         raise UserError(f"--out {out} is there already and no corrective: name another file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with files.locked(out.parent):
+    with ExitStack() as stack:
+        # what is kept in DATA belongs to all such trainings, wherever their files go
+        folders = {folder.resolve(): folder for folder in (out.parent, data.DATA)}
+        for folder in folders.values():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(folder))
         torch.manual_seed(settings.seed)
         prior = Prior.from_pretrained(settings.model, usable(settings.device))
         unet = corrective.fingerprint(*prior.network.parameters())
@@ -403,7 +417,6 @@ def corrective_pictures(settings, prior, unet):
         x_T = torch.randn(n, *prior.shape, generator=noise)
         return ddim_samples(prior, texts, x_T, settings.ddim, 3.0 if prompts else 1.0)
 
-    DATA.mkdir(exist_ok=True)
     made_of = corrective.fingerprint(unet, prompts, settings.ddim, settings.seed, settings.batch)
     kept = DATA / f"corrective-{Path(settings.model).name}-{made_of}.samples.safetensors"
     return corrective.kept_samples(still_ours(kept, {"x0": prior.shape}), settings.samples,
@@ -414,7 +427,6 @@ def corrective_checkpoint(settings, prior, unet, pictures):
     """The path of the checkpoint of a training of these settings, weights and pictures."""
     from tiny import corrective
     from tiny.data import DATA
-    DATA.mkdir(exist_ok=True)
     made_of = corrective.fingerprint(unet, pictures, settings.lr, settings.seed, settings.batch)
     shapes = {}
     for i, weight in enumerate(corrective.Bias(prior.shape[0]).parameters()):
