@@ -37,6 +37,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    if not Path(__file__).resolve().with_name("cli").is_dir():
+        print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
+              "command needs all of the clone beside it", file=sys.stderr)
+        sys.exit(2)
+    import cli.start  # noqa: F401
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -1007,13 +1015,8 @@ def fit_in(folder, settings, nerf, learnt, held_out):
 
 def main(argv=None):
     """`python nerf.py DIR`, `python nerf.py "red mug"`. -> exit status."""
-    try:
-        from cli.run import guarded
-        from cli.settings import FitSettings, parse_flags, validated
-    except ModuleNotFoundError as error:
-        print(f"nerf.py: the command line needs {error.name}: copy all of the folder, and pip "
-              "install -r requirements.txt", file=sys.stderr)
-        return 2
+    from cli.run import guarded
+    from cli.settings import FitSettings, parse_flags, validated
 
     def work():
         given = parse_flags("nerf.py", "Fit a NeRF to posed pictures.", FitSettings, argv)

@@ -19,6 +19,10 @@ from pathlib import Path
 
 if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
     sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    if not Path(__file__).resolve().with_name("cli").is_dir():
+        print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
+              "command needs all of the clone beside it", file=sys.stderr)
+        sys.exit(2)
     import cli.start  # noqa: F401
 
 import torch
