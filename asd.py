@@ -46,12 +46,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
     sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+    if not Path(__file__).resolve().with_name("cli").is_dir():
+        print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
+              "command needs all of the clone beside it", file=sys.stderr)
+        sys.exit(2)
     import cli.start  # noqa: F401
 
 import torch
@@ -68,14 +73,23 @@ else:
 
 # ------------------------------------------------------------------------ the paper's equations
 def _coefficient(c, like):
-    """λ, γ, ω, α_t, σ_t as they combine with `like`: floats as they are, tensors in its dtype."""
-    return c.to(like) if torch.is_tensor(c) else c
+    """λ, γ, ω, α_t, σ_t as they combine with `like`: floats as they are, tensors in its dtype.
+
+    ValueError for a tensor [B], which would meet the pictures' width in place of their number.
+    """
+    if not torch.is_tensor(c):
+        return c
+    if c.dim() not in (0, like.dim()):
+        raise ValueError(f"a coefficient of {list(like.shape)} is a number, or a tensor "
+                         f"{[len(like)] + [1] * (like.dim() - 1)}, not {list(c.shape)}")
+    return c.to(like)
 
 
 def _per_sample(c, like):
     """The same for a coefficient of squared norms [B]."""
-    c = _coefficient(c, like)
-    return c.flatten() if torch.is_tensor(c) and c.ndim else c
+    if not torch.is_tensor(c):
+        return c
+    return c.to(like).flatten() if c.ndim else c.to(like)
 
 
 def _norm2(v):
@@ -238,7 +252,7 @@ def optimal_eps_phi(eps, fake_y, gamma):
     Eq. 7, it gives 1/(1 + γ) times VSD's bracket at guidance λ_eff = 1 + (1 + γ)(λ − 1): γ < 0
     turns guidance down alone.
     """
-    if float(gamma.min() if torch.is_tensor(gamma) else gamma) <= -1:
+    if not float(gamma.min() if torch.is_tensor(gamma) else gamma) > -1:
         raise ValueError(f"Eq. 10 has no minimiser for gamma <= -1 (it is not convex): {gamma}")
     # ε_φ* = (ε + γ ε_y) / (1 + γ)
     gamma = _coefficient(gamma, eps)
@@ -252,7 +266,7 @@ def effective_guidance(lam, gamma, kappa=1.0):
     VSD, with ε_g in place of ε). κ = 1 is λ_eff of optimal_eps_phi; a φ that lags, κ < 1, raises
     the guidance, γ < 0 lowers it. ValueError for γ ≤ −1 or κ ≤ 0.
     """
-    if gamma <= -1 or kappa <= 0:
+    if not (gamma > -1 and kappa > 0):
         raise ValueError(f"needs gamma > -1 and kappa > 0, not {gamma} and {kappa}")
     # λ' = 1 + (1 + γ)(λ − 1)/κ
     return 1 + (1 + gamma) * (lam - 1) / kappa
@@ -350,16 +364,32 @@ class Method:
     shift_grows: bool = False     # s grows from 0 to that
 
     def __post_init__(self):
-        """ValueError for a name that is none of those known."""
+        """ValueError for an unknown name, a number out of its range, and another type."""
         for name, known in (("omega", OMEGAS), ("optimizer", OPTIMIZERS), ("t_order", T_ORDERS)):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in [*known]:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of "
                                  f"{', '.join(known)}")
+        for column in fields(self):
+            value = getattr(self, column.name)
+            if not isinstance(value, KINDS.get(column.type, object)):
+                raise ValueError(f"{column.name} is of type {column.type.__name__}, not {value!r}")
+            least, largest = RANGES.get(column.name, (-math.inf, math.inf))
+            # NaN is in no range; the optimisers know their own
+            if column.type in (int, float) and not least <= value <= largest:
+                raise ValueError(f"{column.name} must lie in {least} … {largest}, not {value}")
+        if self.phi is not None and not callable(self.phi):
+            raise ValueError(f"phi is what makes the φ, such as LoRAPhi, not {self.phi!r}")
         if self.t_min > self.t_max:
             raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}")
+        if self.t_late < 1 and self.t_min > self.t_max_late:
+            raise ValueError(f"t_min {self.t_min} is above t_max_late {self.t_max_late}")
 
 
 T_ORDERS = ("random", "descending")
+KINDS = {int: Integral, float: Real, bool: bool, str: str}                    # of a row's values
+RANGES = dict.fromkeys(("t_min", "t_max", "t_max_late", "t_late"), (0, 1)) | dict.fromkeys(
+    ("steps", "phi_steps", "eta", "lr_end"), (0, 1e30)) | dict.fromkeys(
+    ("lam", "gamma", "lam_phi", "shift"), (-1e30, 1e30))
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 METHODS = {"sds": Method(phi=NoisePhi), "vsd": Method(gamma=0.0), "asd": Method(gamma=-1.0)}
 # what other models than tiny-sd take, {method: (its source, settings)}; the text names no rates
@@ -374,7 +404,7 @@ def find_method(method):
     """A row, or a name of METHODS -> the row. ValueError for another name."""
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
+    if method not in [*METHODS]:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or hand "
                          f"over a Method{ELSEWHERE}")
     return METHODS[method]
@@ -401,6 +431,14 @@ class DiffusionModel(Protocol):
     def alpha_sigma(self, t): ...        # t [B] -> α_t, σ_t [B, 1, 1, 1]
     def eps(self, x_t, t, cond): ...     # ε(x_t; y, t), like x_t
     def encode_text(self, prompts): ...  # B strings -> cond [B, L, C]; "" is the null prompt ∅
+
+
+def check_prior(prior):
+    """ValueError for what is no DiffusionModel, such as a model's name."""
+    for name in ("steps", "alpha_sigma", "eps", "encode_text"):
+        if not hasattr(prior, name):
+            raise ValueError(f"{prior!r} has no {name}: a prior is Prior.from_pretrained(…), or "
+                             "another DiffusionModel")
 
 
 def draw_noise(rng, x0, lowest, highest):
@@ -556,7 +594,10 @@ class Discriminator:
     real: str | None = None         # x^r of Eq. 9; None: there are none, Eq. 10
 
     def __post_init__(self):
-        """ValueError for pictures that there are none of."""
+        """ValueError for pictures that there are none of, and for text in place of cond."""
+        if not torch.is_tensor(self.cond) or self.cond.dim() != 3:
+            raise ValueError("cond is prompt embeddings [1 or B, L, C], from "
+                             f"prior.encode_text([…]), not {self.cond!r}")
         for which in {self.at, self.fake, self.real} - {"generated", "source", "real", None}:
             raise ValueError(f"unknown pictures {which!r}: choose generated, source or real")
 
@@ -570,6 +611,14 @@ class State:
 
     def __init__(self, generator, phi, method, rng, second=None, real=None):
         self.generator, self.phi, self.rng, self.step = generator, phi, rng, 0
+        for name, module in (("generator", generator), ("phi", phi)):
+            if not isinstance(module, nn.Module):
+                raise ValueError(f"{name} is an nn.Module, not {module!r}")
+        if real is not None and not any(p.requires_grad for p in phi.parameters()):
+            raise ValueError(f"real samples teach φ (Eq. 9), but {type(phi).__name__} has nothing "
+                             "to learn: drop real")
+        if real is not None and not (torch.is_tensor(real) and len(real)):
+            raise ValueError("real is a tensor of real samples [N, C, H, W], at least one")
         self.second, self.real = second, real
         self.eps = None               # that of the first step, where the method keeps it fixed
         theta = generator.parameters()
@@ -625,8 +674,10 @@ class Branch:
 
     def noised(self, which, draw):
         """x_t of the pictures that the Discriminator names."""
-        x0 = {"generated": self.samples.x0, "source": self.samples.source, "real": draw.real}
-        return add_noise(x0[which], draw.eps, *self.step.prior.alpha_sigma(draw.t))
+        x0 = {"generated": self.samples.x0, "source": self.samples.source, "real": draw.real}[which]
+        if x0 is None:
+            raise ValueError(f"a Discriminator is shown {which} pictures, and there are none")
+        return add_noise(x0, draw.eps, *self.step.prior.alpha_sigma(draw.t))
 
     def questions(self):
         """What the prior is asked at these samples: {name: (x_t, t, cond)}."""
@@ -666,6 +717,7 @@ class Branch:
         """ε_φ, with guidance λ_φ inside φ (1: none)."""
         lam_phi = self.step.method.lam_phi
         eps_phi = self.phi(x_t, t, cond, eps, camera, answers)
+        check_prediction(eps_phi, x_t, "φ")
         if lam_phi == 1:
             return eps_phi
         null = self.null[:1].expand_as(cond)
@@ -717,6 +769,13 @@ def phi_metrics(branches):
     return numbers
 
 
+def check_prediction(eps, x_t, who):
+    """ValueError for another shape than x_t's, which might be broadcast without an error."""
+    if getattr(eps, "shape", None) != x_t.shape:
+        shape = list(eps.shape) if torch.is_tensor(eps) else f"a {type(eps).__name__}"
+        raise ValueError(f"{who} predicts {shape} at x_t {list(x_t.shape)}: they must agree")
+
+
 def take(record, rows):
     """The same rows of all tensors of Samples or a Draw."""
     return type(record)(*(None if tensor is None else tensor[rows] for tensor in record))
@@ -736,7 +795,9 @@ def ask(prior, questions, micro_batch=None):
     cond = torch.cat([cond for _, _, cond in flat])
     size = len(t) if micro_batch is None else micro_batch * len(flat)
     chunks = zip(x_t.split(size), t.split(size), cond.split(size))
-    predictions = torch.cat([prior.eps(*chunk) for chunk in chunks]).chunk(len(flat))
+    predictions = torch.cat([prior.eps(*chunk) for chunk in chunks])
+    check_prediction(predictions, x_t, "the prior")
+    predictions = predictions.chunk(len(flat))
     answers, first = [], 0
     for named in questions:
         answers.append(dict(zip(named, predictions[first:])))
@@ -775,9 +836,7 @@ def make_samples(generator, cond):
     ValueError where the generator's x0 and cond do not fit.
     """
     if not dist.is_initialized():
-        out = generator()
-        n = len(out[0] if isinstance(out, tuple) else out)
-        rows = torch.arange(n, device="cpu")
+        out, rows = generator(), None
     elif hasattr(generator, "batch"):
         n, processes = generator.batch, dist.get_world_size()
         if n < processes:
@@ -787,8 +846,18 @@ def make_samples(generator, cond):
     else:
         raise ValueError("several processes need a generator with `batch` and forward(rows)")
     samples = Samples(*out) if isinstance(out, tuple) else Samples(out)
-    if samples.x0.dim() != 4 or len(samples.x0) == 0:
-        raise ValueError(f"a generator's x0 is [B, C, H, W], not {list(samples.x0.shape)}")
+    x0 = samples.x0
+    if not torch.is_tensor(x0) or x0.dim() != 4 or len(x0) == 0:
+        found = list(x0.shape) if torch.is_tensor(x0) else f"a {type(x0).__name__}"
+        raise ValueError(f"a generator's x0 is [B, C, H, W], not {found}")
+    if not x0.requires_grad:
+        raise ValueError("a generator's x0 must depend on its parameters: this one has no gradient")
+    for name, tensor in samples._asdict().items():
+        if tensor is not None and len(tensor) != len(x0):
+            raise ValueError(f"a generator's {name} is of {len(tensor)} samples, its x0 of "
+                             f"{len(x0)}")
+    if rows is None:
+        n, rows = len(x0), torch.arange(len(x0), device="cpu")
     if samples.cond is None:
         if len(cond) not in (1, n):
             raise ValueError(f"{len(cond)} prompts for {n} samples: give one, or one for each")
@@ -823,7 +892,7 @@ def draw_step(state, step, samples, rows, discriminators):
             if samples.camera is not None:   # so that φ also learns without (ProlificDreamer: 0.1)
                 shown = torch.rand(n, 1, generator=rng, device="cpu")[rows] > 0.1
                 phi_draw = phi_draw._replace(camera=samples.camera * shown.to(samples.camera))
-            if discriminator.real == "real":
+            if discriminator.real == "real" and state.real is not None:
                 chosen = torch.randint(len(state.real), (n,), generator=rng, device="cpu")[rows]
                 phi_draw = phi_draw._replace(real=state.real[chosen].to(samples.x0))
             phi_draws.append(phi_draw)
@@ -845,6 +914,8 @@ def one_step(prior, state, cond, method, null, micro_batch=None):
     discriminators = [Discriminator(state.phi, samples.cond, method.gamma, method.eta, real=real)]
     if state.second is not None:
         z = state.second.cond if samples.source_cond is None else samples.source_cond
+        if len(z) not in (1, len(samples.x0)):
+            raise ValueError(f"{len(z)} source prompts for {n} samples: give one, or one for each")
         discriminators.append(replace(state.second, cond=z))
     draw, all_phi_draws = draw_step(state, step, samples, rows, discriminators)
     # ε_∅, ε_y, ε_φ and Eq. 7, by micro-batches; the prior is asked once for all that one needs
@@ -943,16 +1014,19 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     Raises ValueError for what does not fit together, FloatingPointError if something is not finite.
     """
     method = find_method(method)
+    check_prior(prior)
     if not torch.is_tensor(cond) or cond.dim() != 3:
         raise ValueError("cond is prompt embeddings [1 or B, L, C], from prior.encode_text([…])")
     if state is None:
         phi = phi or make_phi(method, prior, seed=seed)
         rng = torch.Generator().manual_seed(seed)
         state = State(generator, phi, method, rng, second, real)
+    elif not (phi is second is real is None):
+        raise ValueError("a state has its own phi, second and real: drop those of this call")
     if state.generator is not generator:
         raise ValueError("the state belongs to another generator")
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
+    if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
+        raise ValueError(f"micro_batch must be at least 1, not {micro_batch!r}")
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several and getattr(state.phi, "whole", False):
         raise ValueError("a φ that compares all samples needs them all in one process")

@@ -5,9 +5,11 @@ but for two steps in place of 350.
 """
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -21,6 +23,7 @@ from torch import nn
 import asd
 import editing
 import variants
+from prior import ddim_samples
 from tiny import solids
 
 HERE = Path(__file__).resolve().parent
@@ -97,6 +100,22 @@ def test_a_row_of_unknown_names(changes, words):
         replace(asd.METHODS["vsd"], **changes)
 
 
+@pytest.mark.parametrize("changes, words", [
+    ({"steps": -1}, "steps must lie in 0 … 1e+30, not -1"), ({"steps": 1.5}, "steps is of type"),
+    ({"steps": "5"}, "steps is of type int, not '5'"), ({"lam": "7"}, "lam is of type float"),
+    ({"lam": math.nan}, "lam must lie in"), ({"gamma": math.inf}, "gamma must lie in"),
+    ({"lr": math.nan}, "lr must lie in"), ({"t_max": 2.0}, "t_max must lie in 0 … 1, not 2.0"),
+    ({"t_min": -0.5}, "t_min must lie in 0 … 1"), ({"t_late": -1.0}, "t_late must lie in"),
+    ({"t_min": 0.6}, "t_min 0.6 is above t_max_late 0.5"), ({"phi_steps": -1}, "phi_steps must"),
+    ({"lr_end": -1.0}, "lr_end must lie in"), ({"share_noise": "no"}, "share_noise is of type"),
+    ({"phi": "lora"}, "phi is what makes the φ, such as LoRAPhi, not 'lora'"),
+    ({"omega": ["1"]}, "unknown omega ['1']")])
+def test_a_row_of_impossible_values(changes, words):
+    """Each of these ran, with other settings than it says, or ended in the middle of a run."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        asd.Method(**changes)
+
+
 class Fixed(nn.Module):
     """x0 of any shape."""
     def __init__(self, *shape):
@@ -112,7 +131,7 @@ class Fixed(nn.Module):
     ((2, 4, 16, 16), ["a fox"] * 3, {}, "3 prompts for 2 samples"),
     ((0, 4, 16, 16), "a fox", {}, "x0 is [B, C, H, W], not [0, 4, 16, 16]"),
     ((2, 3, 64, 64), "a fox", {}, "x_t is (3, 64, 64), but tiny-sd was trained on latents of"),
-    ((2, 4, 16, 16), "a fox", {"real": torch.zeros(5, 3, 64, 64)},
+    ((2, 4, 16, 16), "a fox", {"method": "vsd", "real": torch.zeros(5, 3, 64, 64)},
      "real is [5, 3, 64, 64], the generator's x0 [2, 4, 16, 16]"),
     ((2, 4, 16, 16), "a fox", {"method": "csd"}, "choose one of sds, vsd, asd, or hand over a "
      "Method; variants.py has csd"),
@@ -130,6 +149,189 @@ def test_what_does_not_fit_in_distill(tiny, shape, cond, options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         asd.distill(tiny, generator, cond, **options)
     assert (generator.theta == 0).all()
+
+
+class Other(Fixed):
+    """What make(θ) returns."""
+    def __init__(self, make):
+        super().__init__(2, 4, 16, 16)
+        self.make = make
+
+    def forward(self):
+        return self.make(self.theta)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda x: None, "x0 is [B, C, H, W], not a NoneType"),
+    (lambda x: [x], "x0 is [B, C, H, W], not a list"),
+    (lambda x: x.detach(), "x0 must depend on its parameters"),
+    (lambda x: asd.Samples(x, torch.zeros(3, 32, 128)), "cond is of 3 samples, its x0 of 2"),
+    (lambda x: asd.Samples(x, source=x[:1]), "source is of 1 samples, its x0 of 2")])
+def test_what_a_generator_returns(tiny, make, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        asd.distill(tiny, Other(make), tiny.encode_text("a fox"), "sds")
+
+
+class OtherPhi(asd.NoisePhi):
+    """A φ that answers with a channel alone, or with nothing."""
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x_t, t, cond, eps, camera=None, answers=None):
+        return self.make(x_t)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"real": torch.zeros(1, 4, 16, 16)}, "real samples teach φ (Eq. 9), but NoisePhi has nothing"),
+    ({"method": "vsd", "real": torch.zeros(0, 4, 16, 16)}, "real is a tensor of real samples"),
+    ({"method": "vsd", "real": [torch.zeros(4, 16, 16)]}, "real is a tensor of real samples"),
+    ({"method": ["sds"]}, "unknown method ['sds']"), ({"phi": "lora"}, "phi is an nn.Module"),
+    ({"phi": asd.NoisePhi}, "phi is an nn.Module, not <class"),
+    ({"phi": OtherPhi(lambda x_t: x_t[:, :1])}, "φ predicts [1, 1, 16, 16] at x_t [1, 4, 16, 16]"),
+    ({"phi": OtherPhi(lambda x_t: None)}, "φ predicts a NoneType at x_t"),
+    ({"micro_batch": 1.5}, "micro_batch must be at least 1, not 1.5"),
+    ({"micro_batch": "1"}, "micro_batch must be at least 1, not '1'"),
+    ({"second": asd.Discriminator(asd.NoisePhi(), torch.zeros(2, 32, 128))},
+     "2 source prompts for 1 samples"),
+    ({"second": asd.Discriminator(asd.NoisePhi(), torch.zeros(1, 32, 128), at="source")},
+     "shown source pictures, and there are none")], ids=str)
+def test_what_is_no_argument_of_distill(tiny, options, words):
+    """Silent, or an error of torch's, until now."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        asd.distill(tiny, Fixed(1, 4, 16, 16), tiny.encode_text("a fox"),
+                    **{"method": "sds"} | options)
+
+
+def test_a_state_has_its_own_phi_and_real_samples(tiny):
+    theta, cond = Fixed(1, 4, 16, 16), tiny.encode_text("a fox")
+    row = replace(asd.METHODS["sds"], steps=0)
+    state = asd.distill(tiny, theta, cond, row)
+    assert asd.distill(tiny, theta, cond, row, state=state) is state
+    for options in ({"phi": asd.NoisePhi()}, {"real": torch.zeros(1, 4, 16, 16)}):
+        with pytest.raises(ValueError, match="a state has its own phi, second and real"):
+            asd.distill(tiny, theta, cond, row, state=state, **options)
+
+
+@pytest.mark.parametrize("prior", ["tiny-sd", None])
+def test_a_name_is_no_prior_and_a_function_no_generator(tiny, prior):
+    cond = torch.zeros(1, 32, 128)
+    with pytest.raises(ValueError, match="has no steps: a prior is Prior.from_pretrained"):
+        asd.distill(prior, Fixed(1, 4, 16, 16), cond)
+    with pytest.raises(ValueError, match="generator is an nn.Module, not <function"):
+        asd.distill(tiny, lambda: torch.zeros(1, 4, 16, 16), cond, "sds")
+
+
+def test_a_coefficient_per_picture_is_of_four_dimensions():
+    """[B] would meet the width: without an error where the pictures are B pixels wide."""
+    x = torch.ones(2, 4, 2, 2)
+    for call in (lambda c: asd.generator_grad(x, x, x, c), lambda c: asd.add_noise(x, x, c, c),
+                 lambda c: asd.generator_grad(x, x, x, 7.0, c)):
+        call(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+        with pytest.raises(ValueError, match=re.escape("or a tensor [2, 1, 1, 1], not [2]")):
+            call(torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 0.5, True, [[5]], torch.tensor([-1]), torch.tensor([1000]),
+                               torch.tensor([0.5]), torch.tensor([True])], ids=str)
+def test_a_t_that_there_is_not(tiny, t):
+    """−1 was the last one, as Python counts."""
+    x_t, cond = torch.zeros(1, 4, 16, 16), tiny.encode_text("a fox")
+    for call in (tiny.alpha_sigma, lambda t: tiny.eps(x_t, t, cond)):
+        with pytest.raises(ValueError, match="^t "):
+            call(t)
+
+
+def test_an_int_is_the_t_of_all(tiny):
+    x_t, cond = torch.randn(2, 4, 16, 16), tiny.encode_text(["a fox", "a cat"])
+    for t in (5, torch.tensor(5)):
+        assert torch.equal(tiny.eps(x_t, t, cond), tiny.eps(x_t, torch.tensor([5, 5]), cond))
+        for level, levels in zip(tiny.alpha_sigma(t), tiny.alpha_sigma(torch.tensor([5]))):
+            assert torch.equal(level, levels) and level.shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("prompts", [None, 3, [3], [None], [["a"]], {"a"}, iter(["a"])], ids=str)
+def test_what_is_no_prompt(tiny, prompts):
+    with pytest.raises(ValueError, match="no prompt is given"):
+        tiny.encode_text(prompts)
+
+
+IMAGE = torch.full((1, 3, 64, 64), 0.5)
+
+
+@pytest.mark.parametrize("images, words", [
+    (IMAGE[0], "not float32 [3, 64, 64]"), (IMAGE[:, :1], "not float32 [1, 1, 64, 64]"),
+    (IMAGE.movedim(1, -1), "not float32 [1, 64, 64, 3]"), ("a.png", "not a str"),
+    ((255 * IMAGE).byte(), "not uint8 [1, 3, 64, 64]"), (None, "not a NoneType")], ids=str)
+def test_what_are_no_images(tiny, images, words):
+    """Bytes were encoded as what is left of them beyond 255."""
+    calls = [tiny.encode_image, lambda images: editing.edit(tiny, images, "a fox", "a cat", "dds")]
+    if images is None:                                # Latents then begins with noise
+        calls = calls[:1]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError), match=re.escape(words)):
+            call(images)
+
+
+@pytest.mark.parametrize("kind", [asd.Latents, asd.Pixels])
+@pytest.mark.parametrize("images, particles, words", [
+    (255 * IMAGE, 1, "images lie in [0, 1], these in 127.5 … 127.5"),
+    (-IMAGE, 1, "these in -0.5 … -0.5"), (IMAGE * math.nan, 1, "these in nan … nan"),
+    (IMAGE[:0], 1, "images are none at all"), (IMAGE, 0, "at least 1 particle, not 0"),
+    (None, 0, "at least 1 particle, not 0"), (None, -1, "at least 1 particle, not -1")], ids=str)
+def test_a_start_that_is_none(tiny, kind, images, particles, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        kind(tiny, particles, None, images)
+
+
+@pytest.mark.parametrize("mask, words", [
+    (torch.zeros(1, 1, 64, 64), "the mask is black (0) throughout: nothing would change"),
+    (torch.full((1, 1, 64, 64), math.nan), "the mask is black"),
+    (torch.ones(64, 64), "mask is [1 or B, 1, H, W], for images [1, 3, 64, 64], not float32 [64,"),
+    (torch.ones(1, 1, 32, 32), "not float32 [1, 1, 32, 32]"),
+    (torch.ones(1, 3, 64, 64), "not float32 [1, 3, 64, 64]"),
+    (torch.ones(2, 1, 64, 64), "not float32 [2, 1, 64, 64]"), ("a.png", "not a str")], ids=str)
+def test_a_mask_that_does_not_fit(tiny, mask, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        editing.edit(tiny, IMAGE, "a fox", "a cat", "dds", mask=mask)
+
+
+def test_an_edit_of_other_methods_and_prompts(tiny):
+    for method in (asd.METHODS["sds"], None):
+        with pytest.raises(ValueError, match="method is an Edit, or a name of methods()"):
+            editing.edit(tiny, IMAGE, "a fox", "a cat", method)
+    with pytest.raises(ValueError, match="2 source prompts for 1 samples"):
+        editing.edit(tiny, IMAGE, ["a fox", "a cat"], "a dog", "dds")
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda prior: prior.decode(torch.zeros(4, 16, 16)), "x0 is [B, 4, H, W], not float32 [4, 16"),
+    (lambda prior: prior.decode(torch.zeros(1, 3, 16, 16)), "not float32 [1, 3, 16, 16]"),
+    (lambda prior: prior.eps(None, 5, torch.zeros(1, 32, 128)), "x_t is a tensor"),
+    (lambda prior: prior.eps(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, 77, 768)),
+     "cond is [1, 77, 768], but tiny-sd reads embeddings of 128"),
+    (lambda prior: ddim_samples(prior, "a fox", torch.zeros(1, 4, 16, 16), 0), "at least 1 step"),
+    (lambda prior: asd.EmbeddingPhi(prior, []), "an embedding φ starts at its prompt"),
+    (lambda prior: asd.LoRAPhi(prior, cond="a fox"), "cond is prompt embeddings [1, L, C]"),
+    (lambda prior: asd.LoRAPhi(prior, targets="to_x"), "no layers named to_x"),
+    (lambda prior: asd.Discriminator(asd.NoisePhi(), None), "cond is prompt embeddings"),
+    (lambda prior: variants.CSD(prior, "a", 7.5, 5, schedule="fine"), "unknown schedule 'fine'"),
+    (lambda prior: variants.Bridge(prior, "a", 7.5, 5, bridge_start=2.0), "a fraction of the"),
+    (lambda prior: variants.Exact(prior, "a", math.nan), "at --gamma nan"),
+    (lambda prior: asd.effective_guidance(7.5, math.nan), "needs gamma > -1"),
+    (lambda prior: asd.optimal_eps_phi(IMAGE, IMAGE, math.nan), "no minimiser")])
+def test_other_mistakes_are_value_errors(tiny, call, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call(tiny)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"lora_scale": 0.5}, "a lora_scale of 0.5 without"), ({"dtype": "float16"}, "'float16'"),
+    ({"path_or_name": ""}, "the name of the model is empty"), ({"size": 64.0}, "a size of 64.0"),
+    ({"size": (64, 64)}, "a size of (64, 64)"), ({"config": "x"}, "config x is for a model in")])
+def test_what_no_prior_can_be_made_of(options, words):
+    with pytest.raises(asd.UserError, match=re.escape(words)):
+        asd.Prior.from_pretrained(**{"device": "cpu"} | options)
 
 
 def test_text_is_no_prompt_embedding(tiny):
@@ -235,7 +437,7 @@ def test_the_card_lists_what_can_be_asked(tiny):
 
 
 # ------------------------------------------------------------------------------ the first seconds
-@pytest.mark.parametrize("command", ["asd", "editing"])
+@pytest.mark.parametrize("command", ["asd", "editing", "nerf"])
 @pytest.mark.parametrize("what, status, words", [
     ("raise KeyboardInterrupt", 130, "stopped"),
     ("raise ModuleNotFoundError(\"No module named 'torch'\")", 2,
@@ -249,3 +451,19 @@ def test_what_stops_an_import_is_one_line(tmp_path, command, what, status, words
                               env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
                               capture_output=True)
         assert (done.returncode, done.stderr) == (status, f"{command}.py: {words}\n")
+
+
+@pytest.mark.parametrize("command", ["asd", "editing", "variants", "text_to_3d", "nerf"])
+def test_a_command_copied_out_alone_is_one_line(tmp_path, command):
+    """Also as python -I. What is wrong in our own files is told as it is."""
+    file = shutil.copy(HERE / f"{command}.py", tmp_path)
+    for options in ([], ["-I"]):
+        done = subprocess.run([sys.executable, *options, file, "--prompt", "a"], cwd=tmp_path,
+                              text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (2, (
+            f"{command}.py: copied out alone it is a library, to be imported: the command needs "
+            "all of the clone beside it\n"))
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli/start.py").write_text("from json import nothing")
+    done = subprocess.run([sys.executable, file], text=True, capture_output=True)
+    assert done.returncode and "cannot import name 'nothing' from 'json'" in done.stderr

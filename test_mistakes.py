@@ -107,6 +107,9 @@ def test_a_wrong_value_is_one_line(refused, command, flags, part):
 
 
 @pytest.mark.parametrize("command, flags, part", [
+    (asd, "--lora-scale .5", "--lora-scale 0.5 is how much of --lora: give that"),
+    (asd, "--beta2 1", "--beta2 cannot be '1'"),
+    (asd, "--config a.png", "config a.png is for a model in one .safetensors file"),
     (asd, "--phi noise", "--method sds"), (asd, "--method sds --phi lora", "--method sds"),
     (asd, "--phi embedding --lam-phi 2", "lora"), (asd, "--t-min 0.6", "--t-max-late"),
     (asd, "--t-min 0.7 --t-max 0.3", "--t-max 0.3"),
@@ -119,6 +122,25 @@ def test_settings_that_do_not_fit_together_are_one_line(refused, command, flags,
     if command is asd:
         given += ["--prompt", "a red apple"]
     refused(command, *given, part=part)
+
+
+@pytest.mark.parametrize("color", [(0, 0, 0, 255), (255, 255, 255, 0), (120, 120, 120, 255)])
+def test_a_mask_that_is_black_throughout_is_one_line(refused, model, color):   # noqa: F811
+    """Black, transparent, dark grey: nothing would change."""
+    Image.new("RGB", (16, 16), "teal").save("a.png")
+    Image.new("RGBA", (16, 16), color).save("b.png")
+    refused(editing, *EDIT.split(), "--mask", "b.png", "--model", model, "--settings", "tiny",
+            "--device", "cpu", "--method", "dds", part="black (0) throughout: nothing would change")
+
+
+def test_real_pictures_need_a_phi_that_learns(refused, model):                 # noqa: F811
+    Image.new("RGB", (16, 16), "teal").save("a.png")
+    refused(asd, "--prompt", "a", "--method", "sds", "--real", "a.png", "--model", model,
+            "--device", "cpu", part="--real is for one --prompt, and a φ that learns")
+
+
+def test_an_empty_model_is_one_line(refused):
+    refused(asd, "--prompt", "a", "--model", "", part="the name of the model is empty")
 
 
 @pytest.mark.parametrize("prompts", [[], [""], ["a fox", "  \n"]])
@@ -707,6 +729,17 @@ def test_foreign_files_in_data_are_one_line(model, tmp_path, monkeypatch, capsys
             assert contents(".") == before
         path.unlink()
         path.write_bytes(kept)
+
+
+def test_two_trainings_of_correctives_do_not_share_their_samples(refused, monkeypatch, tmp_path):
+    """Whatever their --out: data/ is one process's at a time, also where --out is in it."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    argv = ["train-corrective", "--model", "a", "--out"]
+    with files.locked(tmp_path / "data"):
+        refused(variants, *argv, "other/b.safetensors", part="another process is at work in /")
+    refused(variants, *argv, "data/b.safetensors", part="'a' is no local folder")
 
 
 def test_no_command_unpickles_or_connects(model, no_network, tmp_path, monkeypatch):  # noqa: F811
