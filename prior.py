@@ -421,7 +421,7 @@ class Prior:
             raise ValueError(f"t is a whole number, or a tensor [B] of such, not {t}")
         try:                          # unlike [t], it takes no negative t for one from the end
             alpha_t, sigma_t = self.alphas.index_select(0, t), self.sigmas.index_select(0, t)
-        except (IndexError, RuntimeError) as error:
+        except IndexError as error:
             raise ValueError(f"t must lie in 0 … {self.steps - 1}: {t}") from error
         return alpha_t.view(-1, 1, 1, 1), sigma_t.view(-1, 1, 1, 1)
 
