@@ -370,13 +370,15 @@ class Method:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of "
                                  f"{', '.join(known)}")
         for column in fields(self):
-            value = getattr(self, column.name)
-            if not isinstance(value, KINDS.get(column.type, object)):
-                raise ValueError(f"{column.name} is of type {column.type.__name__}, not {value!r}")
-            least, largest = RANGES.get(column.name, (-math.inf, math.inf))
-            # NaN is in no range; the optimisers know their own
-            if column.type in (int, float) and not least <= value <= largest:
-                raise ValueError(f"{column.name} must lie in {least} … {largest}, not {value}")
+            value, kind = getattr(self, column.name), column.type
+            if kind in TYPES and not isinstance(value, TYPES[kind]):
+                raise ValueError(f"{column.name} is of type {kind.__name__}, not {value!r}")
+            if kind in (int, float) and not math.isfinite(value):
+                raise ValueError(f"{column.name} is {value}")
+            if column.name in NOT_NEGATIVE and value < 0:
+                raise ValueError(f"{column.name} must not be negative, as {value}")
+            if column.name.startswith("t_") and kind is float and not 0 <= value <= 1:
+                raise ValueError(f"{column.name} is a part of T or of the steps, not {value}")
         if self.phi is not None and not callable(self.phi):
             raise ValueError(f"phi is what makes the φ, such as LoRAPhi, not {self.phi!r}")
         if self.t_min > self.t_max:
@@ -386,10 +388,8 @@ class Method:
 
 
 T_ORDERS = ("random", "descending")
-KINDS = {int: Integral, float: Real, bool: bool, str: str}                    # of a row's values
-RANGES = dict.fromkeys(("t_min", "t_max", "t_max_late", "t_late"), (0, 1)) | dict.fromkeys(
-    ("steps", "phi_steps", "eta", "lr_end"), (0, 1e30)) | dict.fromkeys(
-    ("lam", "gamma", "lam_phi", "shift"), (-1e30, 1e30))
+TYPES = {int: Integral, float: Real, bool: bool, str: str}                    # of a row's values
+NOT_NEGATIVE = ("steps", "phi_steps", "eta", "lr_end")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 METHODS = {"sds": Method(phi=NoisePhi), "vsd": Method(gamma=0.0), "asd": Method(gamma=-1.0)}
 # what other models than tiny-sd take, {method: (its source, settings)}; the text names no rates

@@ -101,13 +101,13 @@ def test_a_row_of_unknown_names(changes, words):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"steps": -1}, "steps must lie in 0 … 1e+30, not -1"), ({"steps": 1.5}, "steps is of type"),
+    ({"steps": -1}, "steps must not be negative"), ({"steps": 1.5}, "steps is of type"),
     ({"steps": "5"}, "steps is of type int, not '5'"), ({"lam": "7"}, "lam is of type float"),
-    ({"lam": math.nan}, "lam must lie in"), ({"gamma": math.inf}, "gamma must lie in"),
-    ({"lr": math.nan}, "lr must lie in"), ({"t_max": 2.0}, "t_max must lie in 0 … 1, not 2.0"),
-    ({"t_min": -0.5}, "t_min must lie in 0 … 1"), ({"t_late": -1.0}, "t_late must lie in"),
+    ({"lam": math.nan}, "lam is nan"), ({"gamma": math.inf}, "gamma is inf"),
+    ({"lr": math.nan}, "lr is nan"), ({"t_max": 2.0}, "t_max is a part"),
+    ({"t_min": -0.5}, "t_min is a part"), ({"t_late": -1.0}, "t_late is a part"),
     ({"t_min": 0.6}, "t_min 0.6 is above t_max_late 0.5"), ({"phi_steps": -1}, "phi_steps must"),
-    ({"lr_end": -1.0}, "lr_end must lie in"), ({"share_noise": "no"}, "share_noise is of type"),
+    ({"lr_end": -1.0}, "lr_end must not be"), ({"share_noise": "no"}, "share_noise is of type"),
     ({"phi": "lora"}, "phi is what makes the φ, such as LoRAPhi, not 'lora'"),
     ({"omega": ["1"]}, "unknown omega ['1']")])
 def test_a_row_of_impossible_values(changes, words):
