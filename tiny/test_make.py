@@ -171,3 +171,14 @@ def test_a_part_is_trained_from_its_folder(part, examples, tmp_path, monkeypatch
     assert f"{part}.checkpoint.safetensors" in changed
     assert {path.rsplit("/", 1)[0] for path in changed if "/" in path} <= set(folders)
     assert make.load_pipeline(tmp_path / "sd", "cpu").unet.config.sample_size == 16
+
+
+def test_weak_spots_are_drawn_more_often():
+    """A drawing 1.5 times as often as an icon, a view from above twice as often as a front."""
+    styles = [("a drawing of", "a drawing of a cat"), ("a flat icon of", "a flat icon of a cat"),
+              ("solid", "a red mug, overhead view"), ("solid", "a red mug, front view")]
+    rows = [{"style": style, "captions": [caption]} for style, caption in styles]
+    _, chances = make.balanced(rows)
+    drawing, icon, above, front = make.weak_spots_first(rows, chances).tolist()
+    assert drawing / icon == pytest.approx(1.5) and above / front == pytest.approx(2)
+    assert drawing + icon + above + front == pytest.approx(1)
