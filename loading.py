@@ -134,6 +134,8 @@ def from_folder(diffusers, folder, dtype, kinds):
     libraries = {"diffusers": diffusers, "transformers": transformers}
     parts = {}
     check_numbers(folder / "scheduler" / "scheduler_config.json", [])
+    check_tokenizers(folder, index)
+    check_betas(folder, index)
     for name, value in index.items():
         if not isinstance(value, list):
             continue
@@ -147,10 +149,63 @@ def from_folder(diffusers, folder, dtype, kinds):
     return kind.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
 
 
+# what a tokenizer's vocabulary is stored as: all the files of one of these
+VOCABULARIES = {"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}
+
+
+def check_tokenizers(folder, index):
+    """UserError where a tokenizer has no vocabulary.
+
+    transformers would make an empty one without a word, to which every prompt is the same.
+    """
+    for name, value in index.items():
+        if not (name.startswith("tokenizer") and isinstance(value, list) and value[0]):
+            continue
+        names = {file.name for file in (folder / name).glob("*")}
+        if not any(form <= names for form in VOCABULARIES):
+            raise UserError(f"{folder / name} holds no vocabulary (vocab.json and merges.txt, or "
+                            "tokenizer.json)")
+
+
+def check_betas(folder, index):
+    """UserError where a diffusion schedule is left to diffusers' defaults, or cut short.
+
+    The defaults are DDPM's, linear from 0.0001 to 0.02: no latent model was trained with those.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    if "FlowMatch" in index["scheduler"][1]:               # a flow's σ are t/T, shifted
+        return
+    config = json.loads(file.read_text("utf-8"))
+    betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if betas and len(betas) != steps:
+        raise UserError(f"{file} has {len(betas)} trained_betas, but num_train_timesteps is "
+                        f"{steps}")
+    missing = {"beta_schedule", "beta_start", "beta_end"} - config.keys()
+    if missing and not betas:
+        raise UserError(f"{file} does not say how noise grows: {min(missing)} is missing")
+
+
+def check_weights(files):
+    """UserError for weights that are stored as integers, such as int8.
+
+    They would be taken for real numbers, without the scales that belong to them. Of what is no
+    weight some is an integer by right, such as a text encoder's position_ids.
+    """
+    from safetensors import safe_open
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():
+                kind = opened.get_slice(key).get_dtype()
+                if key.endswith(("weight", "bias")) and not kind.startswith(("F", "BF")):
+                    raise UserError(f"{file} holds {key} as {kind}: only real numbers do, such as "
+                                    "float16")
+
+
 def load_part(kind, folder, dtype):
     """A network of a pipeline. UserError where weights are missing, foreign or of other shapes."""
     files = sorted(folder.glob("*.safetensors"))
     check_numbers(folder / "config.json", files)
+    check_weights(files)
     # a folder may hold several forms of the same weights; diffusers takes one by its variant's name
     variant = only_variant([file.name for file in files])
     try:
@@ -236,7 +291,10 @@ def from_file(diffusers, path, dtype, config, kinds):
     if path.suffix != ".safetensors" or config is None:
         raise UserError(f"{path}: of files only .safetensors do, with --config, a diffusers folder "
                         "of the same kind of model (its weights are not needed)")
-    kind, _ = pipeline_class(diffusers, Path(config), kinds)
+    kind, index = pipeline_class(diffusers, Path(config), kinds)
+    check_tokenizers(Path(config), index)
+    check_betas(Path(config), index)
+    check_weights([path])
     # the names of the tensors say what the file is; the tensors are read later, by diffusers
     with safe_open(path, "pt") as file:
         keys, metadata = list(file.keys()), file.metadata() or {}

@@ -336,8 +336,9 @@ def poison(named):
 @pytest.mark.parametrize("part, change", [
     ("unet", lambda named: named.pop(sorted(named)[0])), ("text_encoder_2", poison),
     ("vae", lambda named: named.update(another=torch.zeros(3))),
-    ("text_encoder", lambda named: named.update({sorted(named)[0]: torch.zeros(3)}))],
-    ids=["missing", "not finite", "unexpected", "another shape"])
+    ("text_encoder", lambda named: named.update({sorted(named)[0]: torch.zeros(3)})),
+    ("unet", lambda named: named.update({"conv_in.weight": named["conv_in.weight"].to(torch.int8)}))
+    ], ids=["missing", "not finite", "unexpected", "another shape", "integers"])
 def test_weights_that_are_not_a_models_are_refused(family_folders, tmp_path, part, change):
     folder = shutil.copytree(family_folders["sdxl"], tmp_path / "model")
     damage(folder, part, change)
@@ -748,6 +749,23 @@ def test_a_token_that_the_text_encoder_does_not_know(folders, tmp_path):  # noqa
             vocabulary["apple</w>"] = 90_000
             path.write_text(json.dumps(words))
     refused(folder, "90000")
+
+
+@pytest.mark.parametrize("kept", [[], ["tokenizer_config.json"], ["vocab.json"], ["merges.txt"]])
+def test_a_tokenizer_without_a_vocabulary_is_refused(folders, tmp_path, kept):  # noqa: F811
+    folder = altered(folders["epsilon"], tmp_path)
+    for file in (folder / "tokenizer").iterdir():
+        if file.name not in kept:
+            file.unlink()
+    refused(folder, "tokenizer holds no vocabulary")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"beta_schedule": "left out"}, "beta_schedule is missing"),
+    ({"beta_start": "left out"}, "beta_start is missing"),
+    ({"trained_betas": [0.01] * 9}, "9 trained_betas, but num_train_timesteps is 1000")])
+def test_a_schedule_that_is_not_whole_is_refused(folders, tmp_path, changes, words):  # noqa: F811
+    refused(altered(folders["epsilon"], tmp_path, scheduler=changes), words)
 
 
 @pytest.mark.parametrize("changes", [
