@@ -53,7 +53,10 @@ def editing_grad(target, source, lam, omega=1.0):
     cancels; in the second, with ε_φ = ε in both, ε does, and this is Delta Denoising Score.
     """
     # ω(t) · ( [ε_∅ + λ(ε_y − ε_∅) − ε_φy] − [ε_∅ + λ(ε_z − ε_∅) − ε_φz] )
-    return asd.generator_grad(*target, lam, omega) - asd.generator_grad(*source, lam, omega)
+    uncond, y, phi_y = target
+    uncond_z, z, phi_z = source
+    return (asd.generator_grad(uncond, y, phi_y, lam, omega)
+            - asd.generator_grad(uncond_z, z, phi_z, lam, omega))
 
 
 # ---------------------------------------------------------------------------------- the settings
@@ -314,6 +317,8 @@ def check(settings):
     if settings.network and (settings.mask or settings.pixels):
         raise asd.UserError("--network takes neither --mask nor --pixels")
     if settings.things is None:
+        if settings.network and "{}" in settings.source + settings.target:
+            raise asd.UserError("{} in --source and --target stands for the --things: give those")
         return
     if not settings.network or settings.image:
         raise asd.UserError("--things is for --network on samples, without --image")

@@ -115,6 +115,9 @@ def test_the_same_twice_is_zero_and_swapping_flips(seed, shape, lam):
     one, two = noise(seed, shape, 3), noise(seed + 1, shape, 3)
     assert (editing.editing_grad(one, one, lam) == 0).all()
     close(editing.editing_grad(one, two, lam), -editing.editing_grad(two, one, lam))
+    for short in ((one[:2], two), (one, two[:2])):       # λ would slide into the place of ε_φ
+        with pytest.raises(ValueError, match="expected 3"):
+            editing.editing_grad(*short, lam)
 
 
 # ------------------------------------------------------------------------- the loop, tiny pipeline

@@ -116,6 +116,7 @@ def test_a_wrong_value_is_one_line(refused, command, flags, part):
     (variants, "--method csd --prompt a --source-words b", "--source-words is for --method bridge"),
     (editing, "--source a --target b", "--image"), (editing, f"{EDIT} --things fox", "--things"),
     (editing, f"{EDIT} --network --pixels", "--pixels"),
+    (editing, "--network --source a{} --target b", "stands for the --things: give those"),
     (text_to_3d, f"{MUG} --elevation 35 5", "least value first")])
 def test_settings_that_do_not_fit_together_are_one_line(refused, command, flags, part):
     given = flags.split()
