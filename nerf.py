@@ -524,6 +524,8 @@ def is_fisheye(fields):
     if model not in PERSPECTIVE | FISHEYE:
         raise ValueError(f"camera_model {model} is not known: undistort the pictures, or one of "
                          f"{', '.join(sorted(PERSPECTIVE | FISHEYE))}")
+    if not isinstance(fields.get("is_fisheye"), (bool, type(None))):
+        raise ValueError(f"is_fisheye is {fields['is_fisheye']!r}: true or false is needed")
     fisheye = model in FISHEYE or bool(fields.get("is_fisheye"))
     # OpenCV's fisheye has no tangential part; the k4 of its pinhole is a denominator's
     unused = ("p1", "p2") if fisheye else ("k4",)

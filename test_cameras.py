@@ -166,6 +166,7 @@ def test_wide_pictures_of_a_rounded_width(tmp_path):
     ({"fl_x": 30, "is_fisheye": True, "p1": 0.1}, "p1 is 0.1"),
     ({"camera_angle_x": 0.7, "is_fisheye": True}, "no fl_x"),
     ({"fl_x": 2, "is_fisheye": True}, "fl_x is 2"),
+    ({"fl_x": 30, "is_fisheye": "false"}, "is_fisheye is 'false': true or false is needed"),
     ({"fl_x": 30, "rolling_shutter": [0, 0, 0.1]}, "rolling_shutter"),
     ({"fl_x": 30, "ftheta_p1": 0.1}, "ftheta_p1"),
     ({"fl_x": 30, "camera_angle_x": 0.7}, "differ"), ({}, "neither fl_x nor camera_angle_x"),
