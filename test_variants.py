@@ -617,6 +617,7 @@ def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, caps
     assert variants.main(words) == 2
     err = capsys.readouterr().err
     assert err.startswith("variants.py: ") and err.count("\n") == 1 and part in err
+    assert not Path("data").exists()
 
 
 # ------------------------------------------------------------------------------ exact φ in detail

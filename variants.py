@@ -377,16 +377,23 @@ def train_corrective(settings):
     out = Path(settings.out or corrective.OWN)
     if settings.out and out.exists() and not (out.is_file() and corrective.is_bias(out)):
         raise UserError(f"--out {out} is there already and no corrective: name another file")
+    prompts = []
+    if settings.prompts:
+        prompts = files.read_prompts(files.regular(settings.prompts))
     with ExitStack() as stack:
         # what is kept in DATA belongs to all such trainings, wherever their files go
         folders = {folder.resolve(): folder for folder in (out.parent, data.DATA)}
-        for folder in folders.values():
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.locked(folder))
+        new = [folder for folder in folders if not folder.exists()]
+        for folder in folders.keys() - new:
+            stack.enter_context(files.locked(folders[folder]))
         torch.manual_seed(settings.seed)
         prior = Prior.from_pretrained(settings.model, usable(settings.device))
+        # nothing is written for a model that is refused
+        for folder in new:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.locked(folder))
         unet = corrective.fingerprint(*prior.network.parameters())
-        pictures = corrective_pictures(settings, prior, unet)
+        pictures = corrective_pictures(settings, prior, unet, prompts)
         network = corrective.train(
             corrective_checkpoint(settings, prior, unet, pictures), prior.shape[0],
             corrective_draws(settings, prior, pictures), settings.lr, settings.minutes,
@@ -395,7 +402,7 @@ def train_corrective(settings):
     print(out)
 
 
-def corrective_pictures(settings, prior, unet):
+def corrective_pictures(settings, prior, unet, prompts):
     """The pictures b_k learns on, x0 [N, C, H, W]: those of --images, or the prior's samples.
 
     The samples are kept, named by what they are made of: other weights, words or settings have
@@ -403,9 +410,6 @@ def corrective_pictures(settings, prior, unet):
     """
     from tiny import corrective
     from tiny.data import DATA
-    prompts = []
-    if settings.prompts:
-        prompts = files.read_prompts(files.regular(settings.prompts))
     if settings.images:
         return files.encode_folder(prior, settings.images).cpu()
 
