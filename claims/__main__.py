@@ -17,7 +17,7 @@ from pathlib import Path
 
 from claims import edits, exact, pictures, solids, student, tuning
 from claims.work import RULE, interval, make
-from cli.files import write_text
+from cli.files import read_text, write_text
 from cli.run import guarded
 from cli.settings import Parser
 from prior import HERE, UserError
@@ -39,9 +39,23 @@ FIRST_RULE = {
 
 
 def read_records(folder):
-    """figures/claims.json -> {claim: its record}; {} where there is none."""
+    """figures/claims.json -> {claim: its record}; {} where there is none.
+
+    UserError where the tables cannot be made of it.
+    """
     file = folder / "claims.json"
-    return json.loads(file.read_text("utf-8"))["claims"] if file.exists() else {}
+    if not file.exists():
+        return {}
+    text = read_text(file)
+    try:
+        records = json.loads(text)["claims"]
+        long_table({name: records[name] for name in CLAIMS if name in records})
+        for record in records.values():
+            record["made of"]
+        return records
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is not what this command has written: move it away "
+                        f"({type(error).__name__}: {error})") from error
 
 
 def write(folder, names):
@@ -192,6 +206,7 @@ def work(argv):
             chosen += list(CLAIMS) if word == "all" else [names.get(word, word)]
     for name in chosen:
         jobs |= {job.file: job for job in CLAIMS[name].jobs.values()}
+    read_records(arguments.out)                       # a damaged file is noticed before the runs
     try:
         done = make(list(jobs.values()), arguments.part)
     except KeyboardInterrupt:

@@ -330,6 +330,17 @@ def test_the_list_runs_nothing(folder, capsys):
     assert "4 min" in capsys.readouterr().out and CALLS == [] and not folder.exists()
 
 
+@pytest.mark.parametrize("content", [
+    b"", b"{}", b"[]", b"\xff", b'{"claims": []}', b'{"claims": {"\xce\xbb": {}}}',
+    b'{"claims": {"\xce\xbb": 3}}', 9999 * b"["], ids=lambda content: ascii(content)[:20])
+def test_damaged_records_are_one_line(folder, capsys, content):
+    folder.mkdir()
+    (folder / "claims.json").write_bytes(content)
+    assert command.main(["--out", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "claims.json is not" in err
+
+
 def test_the_tables_are_the_records():
     """README.md's and figures/README.md's, of this repository, from figures/claims.json."""
     records = command.read_records(command.FOLDER)
