@@ -96,6 +96,10 @@ EDIT, MUG = "--source a --target b --image a.png", "--prompt mug"
     (variants, "--prompt a", "--method"), (variants, "train-corrective --minutes 0", "--minutes"),
     (editing, f"{EDIT} --phi-z sideways", "--phi-z"), (editing, "--apply a", "--image"),
     (nerf, "mug --kernels cuda", "--kernels"), (nerf, "mug --size many", "--size"),
+    (nerf, "mug --batch 1000000000", "--batch"), (nerf, "mug --samples 1000000000", "--samples"),
+    (variants, "train-corrective --lr 0", "--lr cannot be '0'"),
+    (text_to_3d, f"{MUG} {MUG}", "--prompt is given twice"), (asd, "--lam 1 --lam 2", "twice"),
+    (text_to_3d, f"{MUG} --fovy 40 50 --fovy 40 50", "--fovy is given twice"),
     (claims, "nothing", "nothing"), (claims, "1a --part 3/2", "--part"),
     (claims, "1a --x", "--x")], ids=lambda value: ascii(value)[1:40])
 def test_a_wrong_value_is_one_line(refused, command, flags, part):

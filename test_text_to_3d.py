@@ -191,10 +191,13 @@ def test_scene_rates():
 def cli(model, tmp_path, monkeypatch, coarse, capsys):
     """cli(*flags) -> (status, stdout, stderr) of a short run of the tiny model."""
     monkeypatch.chdir(tmp_path)
-    scene = ["--samples", "4", "--resolution", "4", "8", "--levels", "2", "--table", "8"]
+    scene = [["--samples", "4"], ["--resolution", "4", "8"], ["--levels", "2"], ["--table", "8"]]
 
     def main(flags):
-        return text_to_3d.main(flags if "--resume" in flags else [*scene, *flags])
+        for default in scene:
+            if default[0] not in flags and "--resume" not in flags:
+                flags = [*flags, *default]
+        return text_to_3d.main(flags)
     return caller(main, model, capsys)
 
 

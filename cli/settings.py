@@ -41,6 +41,8 @@ Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Field(ge=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10 ** 9)]
+Rays = Annotated[int, Field(ge=1, le=2 ** 20)]
+OnRay = Annotated[int, Field(ge=2, le=4096)]
 Degrees = Annotated[float, Field(ge=-1e6, le=1e6)]
 Latitude = Annotated[float, Field(ge=-90, le=90)]
 Distance = Annotated[float, Field(ge=1e-3, le=1e6)]
@@ -202,7 +204,7 @@ class SceneSettings(Equation, VariantPhi, Optimiser, Model, Run, PromptsFile):
     group: ClassVar[str] = SUBJECT
     prompt: Text | None = flag("what to make", None)
     views: Count = flag("pictures per step")
-    samples: Annotated[Count, Field(ge=2)] = flag("along each ray")
+    samples: OnRay = flag("along each ray")
     elevation: tuple[Latitude, Latitude] = flag("degrees, least and largest")
     overhead: Fraction = flag("the part of the views that is from above")
     azimuth: tuple[Degrees, Degrees] = flag("degrees, 0 is the front")
@@ -234,8 +236,8 @@ class FitSettings(Settings):
     pictures: Count = flag("of a built-in solid", 40)
     size: int = flag("pixels", 64, ge=8, le=10 ** 9)
     steps: Count = flag("of Adam", 600)
-    batch: Count = flag("rays per step", 1024)
-    samples: Annotated[Count, Field(ge=2)] = flag("along each ray", 64)
+    batch: Rays = flag("rays per step", 1024)
+    samples: OnRay = flag("along each ray", 64)
     lr: Positive = flag("learning rate", 2e-2)
     box: float | None = flag("half the side of the scene (default 1; of a folder 1.5)", None,
                              ge=1e-3, le=1e30)
@@ -258,13 +260,22 @@ class CorrectiveSettings(Settings):
     samples: Count = flag("how many to make", 512)
     ddim: Count = flag("steps to a sample", 25)
     batch: Count = flag("pictures per step", 16)
-    lr: Fraction = flag("AdamW's learning rate", 2e-3)
+    lr: float = flag("AdamW's learning rate", 2e-3, gt=0, le=1)
     seed: int = flag("of all randomness", 0, ge=0, le=2 ** 62)
     device: Text = flag("cpu, cuda, …; auto is cuda where there is one", "auto")
     out: Text | None = flag("the file (default, of tiny-sd: in tiny/)", None)
 
 
 # --------------------------------------------------------------------------------------- the flags
+class Once(argparse.Action):
+    """Store a flag's value. A UserError where the flag is given twice: one would be lost."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """A mistake is a UserError; −1e-2 is a number, no flag; words are valid text."""
 
@@ -327,8 +338,9 @@ def add_flag(parser, name, field, choices, default):
     elif get_origin(kind) is list:
         options.update(action="append", metavar="TEXT")
     elif get_origin(kind) is tuple:
-        options.update(nargs=2, metavar=("LEAST", "LARGEST"))
+        options.update(action=Once, nargs=2, metavar=("LEAST", "LARGEST"))
     else:
+        options["action"] = Once
         options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
     if default is not None:
         meaning += f" (default {shown(default)})"
