@@ -272,10 +272,12 @@ def load_network(folder, device):
     from diffusers import UNet2DModel
 
     from cli import files
+    from cli.settings import check_found
     from prior import Prior, usable
     network = Path(folder) / "network"
     try:
         model = json.loads(files.read_text(Path(folder) / "config.json"))["settings"]["model"]
+        check_found(model)
         for file in network.iterdir():
             files.regular(file)
         net, info = UNet2DModel.from_pretrained(network, local_files_only=True,

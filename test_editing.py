@@ -5,6 +5,7 @@
     Eq. 9   second_discriminator   test_phi_z_learns_by_eq9_as_read, test_second_discriminator…
 """
 # ruff: noqa: F811 (fixtures are imported by their names)
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -525,6 +526,7 @@ def test_a_run_stopped_before_its_first_checkpoint_ends_in_the_same(trained):
     """A network's samples are there by then: reading them must not change what is drawn later."""
     before = checkpoint("run")
     Path("run/checkpoint.safetensors").unlink()
+    Path("run/before_after.png").unlink()
     assert trained("--resume", "run")[0] == 0
     after = checkpoint("run")
     assert before.keys() == after.keys()
@@ -563,6 +565,13 @@ def test_what_apply_translates_is_what_was_trained(trained):
         x0 = prior.encode_image(before)
         assert torch.equal(after, prior.decode(x0 + net(x0, 0).sample))
         assert not torch.equal(after, prior.decode(x0))
+
+
+def test_a_network_whose_model_has_moved_is_not_applied(trained):
+    config = json.loads(Path("run/config.json").read_text())
+    config["settings"]["model"] = "/no/such/model"
+    Path("run/config.json").write_text(json.dumps(config))
+    one_line(trained("--apply", "run", "--image", "a.png"), "/no/such/model", "move it back")
 
 
 def test_a_network_is_never_unpickled(trained):

@@ -196,6 +196,19 @@ def test_an_edited_setting_is_refused(edited, name, value):
     edited("config.json", **{name: value})
 
 
+@pytest.mark.parametrize("name", ["model", "phi_init", "lora"])
+def test_a_moved_model_is_to_be_moved_back(edited, name):
+    """--resume takes no other --model, so the line asks for none."""
+    edited("/no/such/place is not there any more: move it back", **{name: "/no/such/place"})
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_made_again(finished):     # noqa: F811
+    Path("run/checkpoint.safetensors").unlink()
+    before = contents("run")
+    one_line(finished("--resume", "run"), "run holds final.png, but no checkpoint.safetensors")
+    assert contents("run") == before
+
+
 @pytest.mark.parametrize("name, value", [("lam", 3.0), ("prompt", ["a blue fox"]), ("seed", 5)])
 def test_other_settings_do_not_go_on_from_a_checkpoint(edited, name, value):
     """A run whose settings are right, but not those the checkpoint names."""

@@ -894,8 +894,10 @@ def many(cli, capsys, monkeypatch):
     monkeypatch.setattr(run.gc, "collect", lambda: None)    # slow here, where nothing is to be had
 
     def call(*flags, prompts="prompts.txt"):
-        status = asd.main(["--prompts-file", str(prompts), "--out", "all", "--steps", "1",
-                           "--method", "sds", "--model", cli.model, "--device", "cpu", *flags])
+        if "--steps" not in flags:
+            flags = "--steps", "1", *flags
+        status = asd.main(["--prompts-file", str(prompts), "--out", "all", "--method", "sds",
+                           "--model", cli.model, "--device", "cpu", *flags])
         return status, *capsys.readouterr()
     return call
 

@@ -497,13 +497,24 @@ def open_run(command, given, stack):
         folder = Path(given["resume"])
         if folder.is_dir() and process_number() == 0:
             stack.enter_context(files.locked(folder))
-        return resumed_settings(command, folder, given), folder, True
+        settings = resumed_settings(command, folder, given)
+        check_kept(folder)
+        return settings, folder, True
     settings = new_settings(command, given)
     if process_number() > 0:
         return settings, None, False
     config = {"program": command.name, "settings": settings.model_dump(mode="json")}
     folder = files.open_folder(stack, settings.out, run_name(settings, command), config)
     return settings, folder, False
+
+
+def check_kept(folder):
+    """UserError where a finished run has lost its checkpoint: it would be made again, over it."""
+    picture = json.loads(files.read_text(folder / "config.json")).get("picture")
+    finished = picture is not None and (folder / str(picture)).exists()
+    if finished and not (folder / "checkpoint.safetensors").exists():
+        raise UserError(f"{folder} holds {picture}, but no checkpoint.safetensors to go on from: "
+                        "choose another --out, as nothing is written over")
 
 
 def how_to_go_on(folder):

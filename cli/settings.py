@@ -30,6 +30,12 @@ def found(text):
     return text
 
 
+def check_found(path):
+    """UserError where a path that found() has made absolute, of a stored run, is gone."""
+    if path and Path(path).is_absolute() and not Path(path).exists():
+        raise UserError(f"{path} is not there any more: move it back, or put a link there")
+
+
 def flag(meaning, default=..., **bounds):
     """A field of a model. exclude=True: it is not written into config.json."""
     return Field(default, description=meaning, **bounds)
@@ -448,6 +454,8 @@ def stored_settings(command, folder):
 def resumed_settings(command, folder, given):
     """The settings of the run in `folder`, and of those given the few that may be others."""
     stored = stored_settings(command, folder)
+    for name in ("model", "config", "lora", "phi_model", "phi_init", "corrective"):
+        check_found(getattr(stored, name, None))
     settings = validated(command.settings, stored.model_dump() | given)
     changed = [name for name in given if getattr(settings, name) != getattr(stored, name)]
     forbidden = [name for name in changed if name not in stored.may_change | {"resume"}]
