@@ -121,6 +121,7 @@ def test_a_wrong_value_is_one_line(refused, command, flags, part):
     (editing, "--source a --target b", "--image"), (editing, f"{EDIT} --things fox", "--things"),
     (editing, f"{EDIT} --network --pixels", "--pixels"),
     (editing, "--network --source a{} --target b", "stands for the --things: give those"),
+    (text_to_3d, f"{MUG} --coarsest 100 --finest 50", "--coarsest 100 has more"),
     (text_to_3d, f"{MUG} --elevation 35 5", "least value first")])
 def test_settings_that_do_not_fit_together_are_one_line(refused, command, flags, part):
     given = flags.split()
@@ -558,10 +559,13 @@ def test_divergence_is_one_line_and_keeps_the_checkpoint(cli):                  
 
 
 # ---------------------------------------------------------------------------------- full disks
-@pytest.mark.parametrize("out", ["file", "file/run"])
-def test_folder_that_cannot_be_made_is_one_line(cli, out):                      # noqa: F811
+@pytest.mark.parametrize("out, part", [
+    ("file", "file is a file"), ("link", "link is a file, or a link to nothing"),
+    ("file/run", "file")])
+def test_folder_that_cannot_be_made_is_one_line(cli, out, part):                # noqa: F811
     Path("file").write_text("mine")
-    one_line(cli("--out", out), "file")
+    Path("link").symlink_to("nothing")
+    one_line(cli("--out", out), part)
     assert Path("file").read_text() == "mine"
 
 
@@ -637,6 +641,16 @@ def test_a_full_disk_behind_a_stream(fork, model, tmp_path, monkeypatch, number,
     if number == 1:
         log = Path("log").read_text()
         assert log.endswith("No space left on device\n") and "Traceback" not in log
+
+
+def test_a_reader_that_has_read_enough_is_no_mistake():
+    """… such as head: no line, and the status that a shell gives SIGPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "claims"], cwd=HERE, stdout=writer,
+                          stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # -------------------------------------------------------------------------------------- messages

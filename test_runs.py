@@ -894,10 +894,11 @@ def many(cli, capsys, monkeypatch):
     monkeypatch.setattr(run.gc, "collect", lambda: None)    # slow here, where nothing is to be had
 
     def call(*flags, prompts="prompts.txt"):
-        if "--steps" not in flags:
-            flags = "--steps", "1", *flags
-        status = asd.main(["--prompts-file", str(prompts), "--out", "all", "--method", "sds",
-                           "--model", cli.model, "--device", "cpu", *flags])
+        for default in (["--steps", "1"], ["--method", "sds"]):
+            if default[0] not in flags:
+                flags = *default, *flags
+        status = asd.main(["--prompts-file", str(prompts), "--out", "all", "--model", cli.model,
+                           "--device", "cpu", *flags])
         return status, *capsys.readouterr()
     return call
 

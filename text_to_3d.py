@@ -251,6 +251,9 @@ def check(settings):
         least, largest = getattr(settings, name)
         if least > largest:
             raise UserError(f"--{name} takes the least value first")
+    if settings.coarsest > settings.finest:
+        raise UserError(f"--coarsest {settings.coarsest} has more cells than --finest "
+                        f"{settings.finest}")
     if settings.perp_neg and settings.phi == "bridge":
         raise UserError("--perp-neg asks prompts between the views, which SDS-Bridge's φ has no "
                         "words for: drop one of the two")

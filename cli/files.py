@@ -178,6 +178,9 @@ def new_folder(folder, config):
 
     If the run fails before it has written anything else, nothing of the folder stays.
     """
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise FolderTaken(f"{folder} is a file, or a link to nothing, not a folder: choose another "
+                          "--out")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

@@ -184,6 +184,9 @@ def guarded(name, work, memory="--micro-batch 1 or --checkpointing", mistakes=()
             status = work() or 0
             flush_stdout()
             return status
+        except BrokenPipeError:              # what reads stdout, such as head, has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except (*MISTAKES, *mistakes) as mistake:
             line = str(mistake).strip() or type(mistake).__name__
             if isinstance(mistake, ImportError):
