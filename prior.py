@@ -251,6 +251,7 @@ class Prior:
             tokens, pooled = self.family.encode(pipe, "", self.text_device)
         self.width = tokens.shape[2]                               # C of cond [B, L, C]
         self.pooled = 0 if pooled is None else pooled.shape[1]
+        self.rows = self.pack(tokens, pooled).shape[1]             # L of it, of every prompt
 
     device = property(lambda self: self.network.device)
     dtype = property(lambda self: self.network.dtype)
@@ -532,6 +533,9 @@ class Prior:
         if cond.shape[2] != self.width:
             raise ValueError(f"cond is {list(cond.shape)}, but {self.name} reads embeddings of "
                              f"{self.width}: another prior has encoded it")
+        if cond.shape[1] != self.rows:
+            raise ValueError(f"cond has {cond.shape[1]} rows, but a prompt of {self.name} has "
+                             f"{self.rows}: cut or joined, another is read than was written")
         if not torch.is_tensor(x_t):
             raise ValueError(f"x_t is a tensor [B, C, H, W], not {kind_of(x_t)}")
         t = torch.as_tensor(t, device=x_t.device)

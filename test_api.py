@@ -310,6 +310,8 @@ def test_an_edit_of_other_methods_and_prompts(tiny):
     (lambda prior: prior.eps(None, 5, torch.zeros(1, 32, 128)), "x_t is a tensor"),
     (lambda prior: prior.eps(torch.zeros(1, 4, 16, 16), 5, torch.zeros(1, 77, 768)),
      "cond is [1, 77, 768], but tiny-sd reads embeddings of 128"),
+    (lambda prior: prior.eps(IMAGE, 5, prior.encode_text(["a fox"])[:, :5]),
+     "cond has 5 rows, but a prompt of tiny-sd has 32"),
     (lambda prior: ddim_samples(prior, "a fox", torch.zeros(1, 4, 16, 16), 0), "at least 1 step"),
     (lambda prior: asd.EmbeddingPhi(prior, []), "an embedding φ starts at its prompt"),
     (lambda prior: asd.LoRAPhi(prior, cond="a fox"), "cond is prompt embeddings [1, L, C]"),
