@@ -42,8 +42,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import asd
-from claims import exact as exact_claim
+from claims.exact import mixture_experiment, mmd
 from conftest import GaussianMixture, cosine, fixed_mixture, mixtures, particle_eps, randn
+from tiny.exact import two_rings
 
 Y, PHI = 0, 1                                     # classes of the mixtures: y, and φ
 seeds = st.integers(0, 2 ** 31)
@@ -691,7 +692,7 @@ def test_minimiser_has_no_slope(shape, seed, gamma):
 def test_the_minimiser_over_functions_of_x_t_uses_the_mean_noise():
     """Eq. 10 over all ε_φ(x_t): ε is replaced by ε_g = E[ε | x_t], as for VSD."""
     g, (alpha_t, sigma_t), gamma = torch.Generator().manual_seed(0), cosine(0.5), -0.5
-    prior, particles = exact_claim.two_rings(), randn(4, 2, generator=g)
+    prior, particles = two_rings(), randn(4, 2, generator=g)
     eps = randn(20_000, 2, generator=g)
     x0 = particles[torch.randint(4, (20_000,), generator=g)]
     x_t = asd.add_noise(x0, eps, alpha_t, sigma_t)
@@ -824,7 +825,7 @@ def test_methods_on_the_exact_mixture_are_in_order():
     """Guidance pulls VSD off p(x0|y) and γ < 0 brings ASD back towards it; over three seeds the
     standard deviation of each of these discrepancies was below 0.005."""
     sds, vsd, ours, unguided = (
-        exact_claim.mixture_experiment(*row, particles=128, steps=150)[1] for row in (
+        mixture_experiment(two_rings(), *row, particles=128, steps=150)[1] for row in (
             ("sds", 1.0, None), ("vsd", 7.5, None), ("asd", 7.5, -0.5), ("vsd", 1.0, None)))
     assert sds > vsd + 0.1 and vsd > ours + 0.05 and ours > unguided + 0.1
     assert unguided < 0.05                    # what 256 independent draws from p(x0|y) would have
@@ -832,7 +833,7 @@ def test_methods_on_the_exact_mixture_are_in_order():
 
 def test_asd_runs_as_vsd_at_lam_eff():
     """λ 7.5 and γ −0.5 against λ_eff 4.25: Adam ignores the gain, so the particles coincide."""
-    ours, vsd, guided = (exact_claim.mixture_experiment(*row, steps=100)[0] for row in (
+    ours, vsd, guided = (mixture_experiment(two_rings(), *row, steps=100)[0] for row in (
         ("asd", 7.5, -0.5), ("vsd", 4.25), ("vsd", 7.5)))
     assert (ours - vsd).abs().max() < 1e-4
     assert (ours - guided).abs().max() > 0.1
@@ -840,11 +841,11 @@ def test_asd_runs_as_vsd_at_lam_eff():
 
 def test_mmd_against_sampling():
     """The closed-form discrepancy agrees with the same quantity on samples of p(x0|y)."""
-    g, prior = torch.Generator().manual_seed(0), exact_claim.two_rings()
+    g, prior = torch.Generator().manual_seed(0), two_rings()
     particles, z = randn(50, 2, generator=g), prior.sample(4000, y=Y, generator=g)
 
     def k(a, b):
         return torch.exp(-0.5 * torch.cdist(a, b) ** 2).mean()
 
     sampled = k(particles, particles) - 2 * k(particles, z) + k(z[:2000], z[2000:])
-    assert exact_claim.mmd(particles, prior) == pytest.approx(math.sqrt(sampled), abs=0.01)
+    assert mmd(particles, prior) == pytest.approx(math.sqrt(sampled), abs=0.01)
