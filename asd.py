@@ -366,7 +366,7 @@ class Method:
     def __post_init__(self):
         """ValueError for an unknown name, a number out of its range, and another type."""
         for name, known in (("omega", OMEGAS), ("optimizer", OPTIMIZERS), ("t_order", T_ORDERS)):
-            if getattr(self, name) not in [*known]:
+            if getattr(self, name) not in list(known):      # a list: the name may be unhashable
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of "
                                  f"{', '.join(known)}")
         for column in fields(self):
@@ -376,7 +376,7 @@ class Method:
             if kind in (int, float) and not math.isfinite(value):
                 raise ValueError(f"{column.name} is {value}")
             if column.name in NOT_NEGATIVE and value < 0:
-                raise ValueError(f"{column.name} must not be negative, as {value}")
+                raise ValueError(f"{column.name} must not be negative, but is {value}")
             if column.name.startswith("t_") and kind is float and not 0 <= value <= 1:
                 raise ValueError(f"{column.name} is a part of T or of the steps, not {value}")
         if self.phi is not None and not callable(self.phi):
@@ -404,7 +404,7 @@ def find_method(method):
     """A row, or a name of METHODS -> the row. ValueError for another name."""
     if isinstance(method, Method):
         return method
-    if method not in [*METHODS]:
+    if method not in list(METHODS):         # a list: the name may be unhashable
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}, or hand "
                          f"over a Method{ELSEWHERE}")
     return METHODS[method]

@@ -40,8 +40,9 @@ def fork():
     That one has computed no gradient yet. The process ends with this one at last.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch._dynamo", "test_runs",        # the first for optimisers
-        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft"])
+    server.set_forkserver_preload([
+        "torch._dynamo",                       # which the first optimiser imports
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "peft", "test_runs"])
 
     def start(function, *arguments):
         process = server.Process(target=function, args=arguments, daemon=True)

@@ -52,11 +52,11 @@ def editing_grad(target, source, lam, omega=1.0):
     the paper has it, at the *source image* noised with the same t and ε. In the first case ε_∅
     cancels; in the second, with ε_φ = ε in both, ε does, and this is Delta Denoising Score.
     """
+    eps_uncond, eps_y, eps_phi_y = target
+    eps_uncond_z, eps_z, eps_phi_z = source
     # ω(t) · ( [ε_∅ + λ(ε_y − ε_∅) − ε_φy] − [ε_∅ + λ(ε_z − ε_∅) − ε_φz] )
-    uncond, y, phi_y = target
-    uncond_z, z, phi_z = source
-    return (asd.generator_grad(uncond, y, phi_y, lam, omega)
-            - asd.generator_grad(uncond_z, z, phi_z, lam, omega))
+    return (asd.generator_grad(eps_uncond, eps_y, eps_phi_y, lam, omega)
+            - asd.generator_grad(eps_uncond_z, eps_z, eps_phi_z, lam, omega))
 
 
 # ---------------------------------------------------------------------------------- the settings

@@ -217,6 +217,37 @@ def text_cut(pipe, prompt):
     return None
 
 
+def kind_of(value):
+    """What a value is, for an error: a tensor's type and shape, else its class."""
+    if torch.is_tensor(value):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def check_images(images):
+    """ValueError for what is no floats [B, 3, height, width]."""
+    if not torch.is_tensor(images) or images.dim() != 4 or images.shape[1] != 3 \
+            or not images.is_floating_point():
+        raise ValueError("images are floats [B, 3, height, width] in [0, 1], not "
+                         f"{kind_of(images)}")
+
+
+def check_start(images, particles):
+    """ValueError for pictures that are none in [0, 1], such as 0 … 255, and for no particles.
+
+    A little beyond is no mistake: a resized picture overshoots.
+    """
+    if particles < 1:
+        raise ValueError(f"there must be at least 1 particle, not {particles}")
+    if images is None:
+        return
+    check_images(images)
+    if not len(images):
+        raise ValueError("images are none at all: [0, 3, height, width]")
+    if not (images.min() > -0.2 and images.max() < 1.2):
+        raise ValueError(f"images lie in [0, 1], these in {images.min():g} … {images.max():g}")
+
+
 class Prior:
     """The frozen text-to-image diffusion model, seen as ε(x_t; y, t). Nothing φ does changes it.
 
@@ -415,7 +446,9 @@ class Prior:
         return center[None, :, None, None], scale[None, :, None, None]
 
     def alpha_sigma(self, t):
-        """t [B], or an int for all -> (α_t, σ_t), each [B, 1, 1, 1] float32. ValueError: no such t.
+        """t [B], or an int for all -> (α_t, σ_t), each [B, 1, 1, 1] float32.
+
+        ValueError where there is no such t.
         """
         t = torch.as_tensor(t, device=self.alphas.device)
         if t.dim() > 1 or t.dtype not in (torch.int64, torch.int32):
@@ -560,37 +593,6 @@ class Prior:
 
 
 # --------------------------------------------------- generators whose θ is x0, or a picture, itself
-def kind_of(value):
-    """What a value is, for an error: a tensor's type and shape, else its class."""
-    if torch.is_tensor(value):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def check_images(images):
-    """ValueError for what is no floats [B, 3, height, width]."""
-    if not torch.is_tensor(images) or images.dim() != 4 or images.shape[1] != 3 \
-            or not images.is_floating_point():
-        raise ValueError("images are floats [B, 3, height, width] in [0, 1], not "
-                         f"{kind_of(images)}")
-
-
-def check_start(images, particles):
-    """ValueError for pictures that are none in [0, 1], such as 0 … 255, and for no particles.
-
-    A little beyond is no mistake: a resized picture overshoots.
-    """
-    if particles < 1:
-        raise ValueError(f"there must be at least 1 particle, not {particles}")
-    if images is None:
-        return
-    check_images(images)
-    if not len(images):
-        raise ValueError("images are none at all: [0, 3, height, width]")
-    if not (images.min() > -0.2 and images.max() < 1.2):
-        raise ValueError(f"images lie in [0, 1], these in {images.min():g} … {images.max():g}")
-
-
 class Latents(nn.Module):
     """The simplest generator: θ is x0 itself, `images` [B, 3, H, W] encoded, or unit noise."""
 

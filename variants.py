@@ -382,10 +382,11 @@ def train_corrective(settings):
         prompts = files.read_prompts(files.regular(settings.prompts))
     with ExitStack() as stack:
         # what is kept in DATA belongs to all such trainings, wherever their files go
-        folders = {folder.resolve(): folder for folder in (out.parent, data.DATA)}
+        folders = {folder.resolve(): folder for folder in (out.parent, data.DATA)}.values()
         new = [folder for folder in folders if not folder.exists()]
-        for folder in folders.keys() - new:
-            stack.enter_context(files.locked(folders[folder]))
+        for folder in folders:
+            if folder not in new:
+                stack.enter_context(files.locked(folder))
         torch.manual_seed(settings.seed)
         prior = Prior.from_pretrained(settings.model, usable(settings.device))
         # nothing is written for a model that is refused

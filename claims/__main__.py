@@ -49,6 +49,7 @@ def read_records(folder):
     text = read_text(file)
     try:
         records = json.loads(text)["claims"]
+        # whatever the tables and the list will read is there
         long_table({name: records[name] for name in CLAIMS if name in records})
         for record in records.values():
             record["made of"]

@@ -4,6 +4,7 @@ The rates and steps of a method are those of tuned.json, chosen by tuning.py on 
 own. In what follows r is what the jobs returned, by key.
 """
 import json
+import math
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ import torch
 import asd
 from claims import runs
 from claims.measures import (
+    LAMBDAS,
+    NEAR,
     PROMPTS,
     blurred,
     control_differences,
@@ -44,7 +47,6 @@ def job(method, minutes=None, settings=None, **changes):
     return Job(name, runs.distilled, {"method": method, "prompts": TEST} | row, minutes)
 
 
-LAMBDAS = (2.0, 4.0, 7.5, 15.0, 30.0)
 GAMMAS = (-0.75, -0.5, 0.0, 1.0, 10.0)
 # λ' of SDS, for the law: VSD's settings, as SDS is VSD with an exact φ where there is one particle
 LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 1e4)
@@ -106,29 +108,34 @@ def curve(r, key):
     return torch.stack([found["grain"], found["distance"]], 1).clamp(min=1e-6).log()
 
 
-def law_points(r):
-    """(log λ' predicted from the κ of each run [N, 20], log of the nearest SDS's guidance [N, 20]).
+def nearest_guidance(points, ladder):
+    """Log guidance of the SDS that looks most like each run: points [N, 2], ladder [N, 14, 2].
 
     Nearest in log grain and log distance, each over its spread along the ladder, on straight lines
     between the ladder's guidances.
     """
-    rungs = np.log(LADDER)
-    ladder = torch.stack([curve(r, ("ladder", lam)) for lam in LADDER], 1)             # [N, 14, 2]
-    spread = ladder.std(1).mean(0)
-    fine = np.linspace(rungs[0], rungs[-1], 500)
+    spread = ladder.std(1).mean(0).numpy()
+    guidance = np.linspace(math.log(LADDER[0]), math.log(LADDER[-1]), 500)
+    found = []
+    for point, rungs in zip(points.numpy(), ladder.numpy()):
+        grain = np.interp(guidance, np.log(LADDER), rungs[:, 0])
+        distance = np.interp(guidance, np.log(LADDER), rungs[:, 1])
+        off = ((np.stack([grain, distance], 1) - point) / spread) ** 2
+        found.append(guidance[off.sum(1).argmin()])
+    return torch.tensor(found)
+
+
+def law_points(r):
+    """(log λ' predicted from the κ of each run, log guidance of the nearest SDS), [N, 20] each."""
+    ladder = torch.stack([curve(r, ("ladder", lam)) for lam in LADDER], 1)
     predicted, nearest = [], []
     for gamma in GAMMAS:
         for lam in LAMBDAS[:4]:
-            key = "law", gamma, lam
-            share = r[key]["kappa"].double().clamp(min=1e-3)
-            predicted.append((1 + (1 + gamma) * (lam - 1) / share).log())
-            points = curve(r, key)
-            found = []
-            for point, steps in zip(points, ladder):
-                line = np.stack([np.interp(fine, rungs, steps[:, i]) for i in range(2)], 1)
-                off = ((line - point.numpy()) / spread.numpy()) ** 2
-                found.append(fine[off.sum(1).argmin()])
-            nearest.append(torch.tensor(found))
+            run = "law", gamma, lam
+            kappas = r[run]["kappa"].double().clamp(min=1e-3).tolist()
+            guidances = [asd.effective_guidance(lam, gamma, kappa) for kappa in kappas]
+            predicted.append(torch.tensor(guidances, dtype=torch.float64).log())
+            nearest.append(nearest_guidance(curve(r, run), ladder))
     return torch.stack(predicted, 1), torch.stack(nearest, 1)
 
 
@@ -152,13 +159,21 @@ def wandering(r, method):
     return (path / net).log().double()
 
 
-def sharper(a, b, rows=slice(None)):
+def sharper(a, b):
     """A function: log of the acutance of run a over that of run b."""
-    def values(r):
-        reference = {name: tensor[rows] for name, tensor in r["samples"].items()}
-        both = [measured(r[key]["x0"], reference)["acutance"].log() for key in (a, b)]
-        return both[0] - both[1]
-    return values
+    return lambda r: of(r, a, "acutance").log() - of(r, b, "acutance").log()
+
+
+def for_few(function):
+    """The same function of the results, with the prior's samples of FEW alone."""
+    def of_results(r):
+        return function(r | {"samples": {name: x[::2] for name, x in r["samples"].items()}})
+    return of_results
+
+
+def recovered_distance(r, method):
+    """The distance of Fig. 5c's pictures by a method [N]."""
+    return measured(r["recovered"][method], r["samples"])["distance"]
 
 
 # --------------------------------------------------------------------------- numbers and figures
@@ -173,11 +188,15 @@ def numbers(*keys):
 
 
 def label(key):
-    """A run's name in a table or a figure."""
-    method, *settings = key if isinstance(key, tuple) else (key,)
-    names = {"law": "φ with γ, λ", "ladder": "SDS", "few": "", "shared": "ASD, shared noise"}
-    return " ".join([names.get(method, method.upper()), *(
-        f"{value:g}" if isinstance(value, float) else value.upper() for value in settings)]).strip()
+    """A run's name in a table or a figure, such as "SDS 7.5"."""
+    if isinstance(key, str):
+        return {"shared": "ASD, shared noise"}.get(key, key.upper())
+    kind, *settings = key
+    words = {"law": ["φ with γ, λ"], "ladder": ["SDS"], "few": [], "path": []}
+    parts = words.get(kind, [kind.upper()])
+    for value in settings:
+        parts = [*parts, f"{value:g}" if isinstance(value, float) else value.upper()]
+    return " ".join(parts)
 
 
 def drawn(*keys):
@@ -200,8 +219,9 @@ def short(prompt):
 
 
 def draw_recovered(path, r):
-    runs = {("start",): "start", ("sds",): "sds", ("asd",): "asd"}
-    drawn(*runs)(path, r | {key: {"x0": r["recovered"][name]} for key, name in runs.items()})
+    """Fig. 5c: the over-saturated start, and what each method makes of it."""
+    pictures = {name: {"x0": r["recovered"][name]} for name in ("start", "sds", "asd")}
+    drawn(*pictures)(path, r | pictures)
 
 
 def draw_paths(path, r):
@@ -241,7 +261,6 @@ def draw_law(path, r):
 
 # -------------------------------------------------------------------------------------- the claims
 DISTANCE = "energy distance in tiny-clip's features"
-NEAR = 0.05      # δ of the distance: what a clearly visible noise adds, in the controls 0.06
 
 
 def claim(title, says, outcome, unit, delta, values, keys, measures, figure=None, table=None,
@@ -285,10 +304,9 @@ CLAIMS = {
     "4": claim(
         "VSD with 50 updates of φ a step over-smooths", "Fig. 4, §5",
         "log acutance, VSD − VSD†", "log", 0.1,
-        sharper(("few", "vsd"), ("few", "vsd†"), slice(0, None, 2)),
+        for_few(sharper(("few", "vsd"), ("few", "vsd†"))),
         [("few", "vsd"), ("few", "vsd†")], ["acutance", "distance"],
-        table=lambda r: numbers(("few", "vsd"), ("few", "vsd†"))(
-            r | {"samples": {name: x[::2] for name, x in r["samples"].items()}})),
+        table=for_few(numbers(("few", "vsd"), ("few", "vsd†")))),
     "5c": claim(
         "ASD recovers from an over-saturated start thanks to its adversary", "Fig. 5c, §5",
         "distance after, SDS − ASD", DISTANCE, NEAR,
@@ -310,7 +328,3 @@ CLAIMS = {
         "shared noise is a little worse", "§7", "distance, shared − fresh", DISTANCE, NEAR,
         gap("shared", ("asd", 7.5)), [("asd", 7.5), "shared"], ["distance"]),
 }
-
-
-def recovered_distance(r, name):
-    return measured(r["recovered"][name], r["samples"])["distance"]

@@ -10,8 +10,16 @@ import json
 import torch
 
 import asd
-from claims import pictures, runs
-from claims.measures import PROMPTS, decoded, energy_distance, features, samples
+from claims import runs
+from claims.measures import (
+    LAMBDAS,
+    NEAR,
+    PROMPTS,
+    decoded,
+    energy_distance,
+    features,
+    samples,
+)
 from claims.work import SOURCES, Job
 from cli.files import write_text
 from prior import HERE
@@ -35,15 +43,17 @@ def tuned(method):
     def distance(**changes):
         x0 = runs.distilled(method, PROMPTS["tuning"], **changes)["x0"]
         return energy_distance(features(decoded(prior, x0)), reference).mean().item()
-    nine = [distance(steps=FULL, **each) for each in settings()]
+    nine = [distance(steps=FULL, **row) for row in settings()]
     best = min(range(9), key=nine.__getitem__)
     row = settings()[best]
-    short = [distance(steps=steps, **row) for steps in STEPS]
-    good = [i for i, value in enumerate(short) if value <= nine[best] + pictures.NEAR]
-    steps = (*STEPS, FULL)[good[0] if good else -1]
-    lams = [distance(steps=steps, lam=lam, **row) for lam in pictures.LAMBDAS]
+    shorter = [distance(steps=steps, **row) for steps in STEPS]
+    steps = FULL
+    for fewer, value in reversed(list(zip(STEPS, shorter))):
+        if value <= nine[best] + NEAR:
+            steps = fewer
+    lams = [distance(steps=steps, lam=lam, **row) for lam in LAMBDAS]
     lam = min(range(len(lams)), key=lams.__getitem__)
-    return {"distances": torch.tensor(nine + short + lams),
+    return {"distances": torch.tensor(nine + shorter + lams),
             "chosen": torch.tensor([best, steps, lam])}
 
 
@@ -60,6 +70,6 @@ def write():
         row = settings()[best] | {"steps": steps}
         if asd.METHODS[method].phi is asd.NoisePhi:
             del row["phi_lr"]
-        table[method] = {"settings": row, "lam": pictures.LAMBDAS[lam],
+        table[method] = {"settings": row, "lam": LAMBDAS[lam],
                          "distances": [round(x, 4) for x in result["distances"].tolist()]}
     write_text(HERE / "claims/tuned.json", json.dumps(table, indent=1) + "\n")

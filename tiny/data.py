@@ -132,7 +132,10 @@ def emoji_pictures(folder):
     for code, name in tqdm(emoji_concepts(npm_pack(folder, *NAMES[:2])), desc="emoji"):
         codes = [code, code.replace("-fe0f", ""), code + "-fe0f"]
         webp = [p for c in codes if (p := render3d / "assets" / f"{c}.webp").exists()]
-        drawn = [next((chars[c] for c in codes if c in chars), None) for chars, _, _ in svgs]
+        drawn = []                               # the icon's name in each package, or None
+        for chars, _, _ in svgs:
+            names = [chars[c] for c in codes if c in chars]
+            drawn.append(names[0] if names else None)
         if not webp or None in drawn:
             continue
         yield name, STYLES[0], fit_white(Image.open(webp[0]).convert("RGBA"))

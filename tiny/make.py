@@ -254,8 +254,9 @@ def train_unet(args, pipe, pictures, rows):
     solid, weight = balanced(rows)
     weight = weak_spots_first(rows, weight)
     latents = cached_latents(pipe.vae, pictures, 0.5 * ~solid)
-    ids = torch.stack([tokenize(pipe.tokenizer, [row["captions"][k] for row in rows])
-                       for k in (0, 1)]).to(args.device)
+    long_ids = tokenize(pipe.tokenizer, [row["captions"][0] for row in rows])
+    short_ids = tokenize(pipe.tokenizer, [row["captions"][1] for row in rows])
+    ids = torch.stack([long_ids, short_ids]).to(args.device)
     null = tokenize(pipe.tokenizer, [""]).to(args.device)
     alpha_bar = scheduler.alphas_cumprod.to(args.device)
 
@@ -293,8 +294,10 @@ def train_clip(args, clip, tokenizer, pictures, rows):
     captions = [[*row["captions"], *other_views(row)] for row in rows]
     texts = sorted({caption for some in captions for caption in some})
     number = {text: i for i, text in enumerate(texts)}
-    true_of = torch.tensor([[number[c] for c in some[:2]] for some in captions])
-    views = torch.tensor([[number[c] for c in some[2:]] or [-1] * 4 for some in captions])
+    numbers = []
+    for some in captions:
+        numbers.append([number[caption] for caption in some] + (6 - len(some)) * [-1])
+    true_of, views = torch.tensor(numbers).split([2, 4], 1)          # of views, where it has any
     ids = tokenize(tokenizer, texts).to(args.device)
     _, weight = balanced(rows)
 

@@ -345,9 +345,9 @@ def star(p):
 
 @solid(1.11, 0.09)
 def heart(p):
+    angles = [math.pi * i / 14 for i in (*range(12), 14)]
     curve = [(.96 * math.sin(t) ** 3, .78 * math.cos(t) - .3 * math.cos(2 * t)
-              - .12 * math.cos(3 * t) - .06 * math.cos(4 * t))
-             for t in (math.pi * i / 14 for i in (*range(12), 14))]
+              - .12 * math.cos(3 * t) - .06 * math.cos(4 * t)) for t in angles]
     flat = polygon(p[1].abs(), p[2] - 0.1, curve, closed=False)
     return [(corner(flat, p[0].abs() - 0.14) - 0.08, BODY)]
 
@@ -429,7 +429,9 @@ def view_word(elevation_deg, azimuth_deg):
     azimuth = abs((float(azimuth_deg) + 180) % 360 - 180)
     if float(elevation_deg) > 60:
         return "overhead"
-    return "front" if azimuth < 45 else "back" if azimuth > 135 else "side"
+    if azimuth < 45:
+        return "front"
+    return "back" if azimuth > 135 else "side"
 
 
 def caption(kind, color, elevation_deg=None, azimuth_deg=None):
@@ -495,8 +497,11 @@ def shade(kind, p, palette, picture):
     """Diffuse RGB [N, 3] at surface points p; palette [B, parts, 3], picture [N] indexes it."""
     e = 1e-3                                                # ∇d from the corners of a tetrahedron
     corners = ((e, -e, -e), (-e, -e, e), (-e, e, -e), (e, e, e))
-    h = [union(kind, at(p, *(-c for c in k))) for k in corners]
-    n = [sum(k[i] * d for k, d in zip(corners, h)) for i in range(3)]
+    h, n = [], []
+    for x, y, z in corners:
+        h.append(union(kind, at(p, -x, -y, -z)))
+    for axis in range(3):
+        n.append(sum(k[axis] * d for k, d in zip(corners, h)))
     norm = length(*n)
     n = [c / norm for c in n]
     facing = lambda light: sum(a * b for a, b in zip(n, light)).clamp_min(0)
@@ -552,9 +557,11 @@ def render(kinds, colors, rays, size=64, supersample=3):
     for kind in dict.fromkeys(kinds):
         which = [i for i, k in enumerate(kinds) if k == kind]
         painted = [c for _, c in parts(kind, like.new_zeros(3, 1).unbind())]
-        palette = like.new_tensor([[part_color(c, body[i]) for c in painted] for i in which])
-        seen[which] = _render_kind(kind, palette, *([v[which] for v in both]
-                                                    for both in (coarse, fine)))
+        palette = []                                        # of each picture, its parts' colours
+        for i in which:
+            palette.append([part_color(c, body[i]) for c in painted])
+        seen[which] = _render_kind(kind, like.new_tensor(palette), [v[which] for v in coarse],
+                                   [v[which] for v in fine])
     return Picture(*(v.contiguous() for v in seen.movedim(-1, 1).split((3, 1, 1), 1)))
 
 
