@@ -496,6 +496,24 @@ def phi_optimizer(parameters, method):
 
 
 # ------------------------------------------------------------------------------------ Algorithm 1
+def check_plain(method, phi, real):
+    """ValueError for what `algorithm_1` would not heed."""
+    if method.lam_phi != 1 or method.fixed_noise or method.t_order != "random" or method.shift:
+        raise ValueError("lam_phi, fixed_noise, t_order and shift are heeded by distill alone")
+    check_real(real, phi)
+
+
+def check_real(real, phi):
+    """ValueError for real samples that are none, or that nobody learns from."""
+    if real is None:
+        return
+    if not any(p.requires_grad for p in phi.parameters()):
+        raise ValueError(f"real samples teach φ (Eq. 9), but {type(phi).__name__} has nothing to "
+                         "learn: drop real")
+    if not (torch.is_tensor(real) and len(real)):
+        raise ValueError("real is a tensor of real samples [N, C, H, W], at least one")
+
+
 @torch.inference_mode(False)     # gradients, also where the caller is in no_grad or inference_mode
 def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=None):
     """The paper's Algorithm 1, straight, for sds, vsd, asd; as printed with share_noise=True.
@@ -508,6 +526,7 @@ def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=No
     the second discriminator of Eq. 11, cameras, generators with rates or regularisers of their
     own, micro-batches, processes, and the rows' lam_phi, fixed_noise, t_order and shift.
     """
+    check_plain(method, phi, real)
     theta_opt = theta_optimizer(generator.parameters(), method)
     phi_opt = phi_optimizer(phi.parameters(), method)
     null = prior.encode_text([""])
@@ -606,7 +625,8 @@ class State:
     """All that a run consists of: θ, φ, both optimisers, the generator of randomness, the step.
 
     second: a Discriminator that is subtracted (Eq. 11); its φ shares φ's optimiser. real: x0 [N,
-    C, H, W] of real samples. rng is on the CPU: a seed draws the same noise on every device.
+    C, H, W] of real samples. method: the row whose φ and optimisers these are. rng is on the CPU: a
+    seed draws the same noise on every device.
     """
 
     def __init__(self, generator, phi, method, rng, second=None, real=None):
@@ -614,12 +634,8 @@ class State:
         for name, module in (("generator", generator), ("phi", phi)):
             if not isinstance(module, nn.Module):
                 raise ValueError(f"{name} is an nn.Module, not {module!r}")
-        if real is not None and not any(p.requires_grad for p in phi.parameters()):
-            raise ValueError(f"real samples teach φ (Eq. 9), but {type(phi).__name__} has nothing "
-                             "to learn: drop real")
-        if real is not None and not (torch.is_tensor(real) and len(real)):
-            raise ValueError("real is a tensor of real samples [N, C, H, W], at least one")
-        self.second, self.real = second, real
+        check_real(real, phi)
+        self.second, self.real, self.method = second, real, method
         self.eps = None               # that of the first step, where the method keeps it fixed
         theta = generator.parameters()
         if hasattr(generator, "parameter_groups"):                    # with rates of their own
@@ -629,6 +645,14 @@ class State:
         phis = [phi] if second is None else [phi, second.phi]
         # one optimiser for both φ, used for one at a time: what has no gradient makes no step
         self.opt_phi = phi_optimizer([p for module in phis for p in module.parameters()], method)
+
+    def check(self, generator, method):
+        """ValueError where a run of this generator and method cannot go on from here."""
+        if self.generator is not generator:
+            raise ValueError("the state belongs to another generator")
+        # λ, γ, the steps and the like may change
+        if (self.method.phi, self.method.optimizer) != (method.phi, method.optimizer):
+            raise ValueError("the state belongs to another method: its φ and its optimisers stay")
 
 
 class Step(NamedTuple):
@@ -1023,8 +1047,7 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
         state = State(generator, phi, method, rng, second, real)
     elif not (phi is second is real is None):
         raise ValueError("a state has its own phi, second and real: drop those of this call")
-    if state.generator is not generator:
-        raise ValueError("the state belongs to another generator")
+    state.check(generator, method)
     if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
         raise ValueError(f"micro_batch must be at least 1, not {micro_batch!r}")
     several = dist.is_initialized() and dist.get_world_size() > 1

@@ -472,6 +472,8 @@ def apply_network(settings):
     if out.exists() and not ours:
         raise asd.UserError(f"{out} is there already: choose another --out, as nothing is written "
                             "over")
+    if out.suffix.lower() != ".png":
+        raise asd.UserError(f"--out {out}: the picture is a PNG, so the name must end in .png")
     with locked(folder):
         prior, net = load_network(folder, settings.device)
         before = read_folder(image, prior.image_size)

@@ -1470,6 +1470,28 @@ def test_state_of_another_generator():
         asd.distill(prior, Particles(), prior.encode_text([""]), method, state=state)
 
 
+@pytest.mark.parametrize("changes", [{"phi": asd.LoRAPhi}, {"optimizer": "adamw"}])
+def test_state_of_another_method(changes):
+    """Its φ and its optimisers would go on; more steps, another λ or γ are taken."""
+    prior, method, particles = ElementwisePrior(), method_of("sds", steps=2), Particles()
+    y, state = prior.encode_text([""]), State(particles, NoisePhi(), method, rng())
+    with pytest.raises(ValueError, match="another method"):
+        asd.distill(prior, particles, y, replace(method, **changes), state=state)
+    asd.distill(prior, particles, y, replace(method, lam=2.0), state=state)
+    assert state.step == 2
+
+
+@pytest.mark.parametrize("changes, with_real, words", [
+    ({"lam_phi": 2.0}, False, "distill alone"), ({"fixed_noise": True}, False, "distill alone"),
+    ({"t_order": "descending"}, False, "distill alone"), ({"shift": 1.0}, False, "distill alone"),
+    ({}, True, "nothing to learn")])
+def test_algorithm_1_refuses_what_it_would_not_heed(changes, with_real, words):
+    prior, real = ElementwisePrior(), torch.zeros(1, 2, 3, 3) if with_real else None
+    with pytest.raises(ValueError, match=words):
+        asd.algorithm_1(prior, Particles(), prior.encode_text([""]), NoisePhi(),
+                        method_of("sds", **changes), rng(), real)
+
+
 # ----------------------------------------------------------------------------- what goes wrong
 def test_nan_of_the_prior_ends_the_run():
     """θ stays as it was before the step."""

@@ -545,7 +545,8 @@ def test_a_network_is_saved_and_applied(trained):
     for image, out in (("run/applied.png", []), ("a.png", ["--out", "run/checkpoint.safetensors"]),
                        ("a.png", ["--out", "run"])):
         one_line(trained("--apply", "run", "--image", image, *out), "there already")
-    assert contents("run") == before
+    one_line(trained("--apply", "run", "--image", "a.png", "--out", "new/all.jpg"), "end in .png")
+    assert contents("run") == before and not Path("new/all.jpg").exists()
     one_line(trained("--apply", "run"), "--image")
     one_line(trained("--apply", "run", "--image", "missing.png"), "missing.png")
     one_line(trained("--apply", "run", "--image", "a.png", "--steps", "3"), "--steps")

@@ -100,6 +100,7 @@ EDIT, MUG = "--source a --target b --image a.png", "--prompt mug"
     (variants, "train-corrective --lr 0", "--lr cannot be '0'"),
     (text_to_3d, f"{MUG} {MUG}", "--prompt is given twice"), (asd, "--lam 1 --lam 2", "twice"),
     (text_to_3d, f"{MUG} --fovy 40 50 --fovy 40 50", "--fovy is given twice"),
+    (asd, "--pixels --no-pixels", "--no-pixels is given twice"),
     (claims, "nothing", "nothing"), (claims, "1a --part 3/2", "--part"),
     (claims, "1a --x", "--x")], ids=lambda value: ascii(value)[1:40])
 def test_a_wrong_value_is_one_line(refused, command, flags, part):

@@ -68,6 +68,14 @@ def test_composite_of_constant_density(sigma, length, S):
     close(out[:, 0], opacity, **TIGHT)
 
 
+@pytest.mark.parametrize("changes", [
+    {"levels": 0}, {"features": 0}, {"width": 0}, {"cells": 0}, {"box": 0.0}, {"box": math.inf},
+    {"blob_radius": -1.0}, {"size": 1000}, {"base": 100}, {"density": "relu"}], ids=str)
+def test_field_refuses_impossible_numbers(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        NeRF(**changes)
+
+
 def test_composite_of_two_slabs():
     """By hand: half of the light stops in the red slab in front, a quarter in the blue one."""
     half = math.log(2)

@@ -122,6 +122,15 @@ def test_scene_ranges_of_one_value_and_others():
     assert wide().x0.mean() > narrow().x0.mean()                  # more of the white around it
 
 
+@pytest.mark.parametrize("changes", [
+    {"views": 0}, {"samples": 0}, {"resolution": (0, 64)}, {"background": "black"},
+    {"overhead": 1.5}, {"late": -0.1}, {"elevation": (35.0, 5.0)}, {"azimuth": (math.nan, 1.0)},
+    {"distance": (0.0, 3.0)}, {"fovy": (40.0, 180.0)}], ids=str)
+def test_scene_refuses_impossible_numbers(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        make_scene(**changes)
+
+
 def test_scene_renders_finer_later():
     s = make_scene()
     sizes = []

@@ -68,6 +68,8 @@ class Scene(nn.Module):
                  resolution=(32, 64), late=0.3, background="white", sparsity=0.0, opaque=100.0,
                  perp_neg=False):
         super().__init__()
+        check_scene(views, samples, resolution, background, overhead, late,
+                    elevation=elevation, azimuth=azimuth, distance=distance, fovy=fovy)
         self.prior, self.nerf, self.rng, self.steps = prior, nerf.to(prior.device), rng, steps
         self.views, self.samples, self.fovy, self.distance = views, samples, fovy, distance
         self.elevation, self.azimuth, self.overhead = elevation, azimuth, overhead
@@ -166,6 +168,27 @@ class Scene(nn.Module):
         """-> RGB [4, 3, H, W]: front, side, back, side."""
         picture = self.picture(orbit(4).to(self.prior.device), self.prior.image_size[0])
         return picture.rgb.permute(0, 3, 1, 2).clamp(0, 1)
+
+
+def check_scene(views, samples, resolution, background, overhead, late, **ranges):
+    """ValueError for numbers that no Scene can have.
+
+    ranges: {name: (least, largest)} of elevation, azimuth, distance and fovy. The command has
+    bounds of its own (cli/settings.py), which are closer.
+    """
+    if min(views, samples, *resolution) < 1:
+        raise ValueError(f"views {views}, samples {samples} and resolution {resolution} must be at "
+                         "least 1")
+    if background not in ("white", "random", "learnt"):
+        raise ValueError(f"unknown background {background!r}: choose white, random or learnt")
+    if not (0 <= overhead <= 1 and 0 <= late <= 1):
+        raise ValueError(f"overhead {overhead} and late {late} are parts of 1")
+    for name, (least, largest) in ranges.items():
+        if not least <= largest:
+            raise ValueError(f"{name} {least}, {largest}: the least value comes first")
+    if not (ranges["distance"][0] > 0 and 0 < ranges["fovy"][0] <= ranges["fovy"][1] < 180):
+        raise ValueError(f"distance {ranges['distance']} must be above 0, and fovy "
+                         f"{ranges['fovy']} between 0 and 180 degrees")
 
 
 def between(elevation, azimuth):

@@ -171,7 +171,7 @@ def show_warning(name, message, *_):
 MISTAKES = (UserError, FloatingPointError, OSError, SafetensorError, ImportError, Warning)
 
 
-def guarded(name, work, memory="--micro-batch 1 or --checkpointing", mistakes=()):
+def guarded(name, work, memory="--micro-batch 1, --checkpointing or less at once", mistakes=()):
     """Call work() and return its exit status, or 0. A mistake is one line: 2; Ctrl-C: 130.
 
     Of several processes only number 0 speaks. memory: what helps where there is too little.

@@ -277,9 +277,22 @@ class Once(argparse.Action):
     """Store a flag's value. A UserError where the flag is given twice: one would be lost."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        if hasattr(namespace, self.dest):
-            parser.error(f"{option_string} is given twice")
+        check_once(self, parser, namespace, option_string)
         setattr(namespace, self.dest, values)
+
+
+class YesOrNo(argparse.BooleanOptionalAction):
+    """--flag or --no-flag. A UserError for both, and for one that is given twice."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        check_once(self, parser, namespace, option_string)
+        super().__call__(parser, namespace, values, option_string)
+
+
+def check_once(action, parser, namespace, flag):
+    """UserError where an earlier word of the command line has set the same field."""
+    if hasattr(namespace, action.dest):
+        parser.error(f"{flag} is given twice")
 
 
 class Parser(argparse.ArgumentParser):
@@ -340,7 +353,7 @@ def add_flag(parser, name, field, choices, default):
     if choices:
         meaning += f": {', '.join(choices)}"
     if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        options["action"] = YesOrNo
     elif get_origin(kind) is list:
         options.update(action="append", metavar="TEXT")
     elif get_origin(kind) is tuple:
