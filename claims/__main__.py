@@ -156,7 +156,7 @@ def long_table(records):
     for method, tuned in pictures.TUNED.items():
         settings = ", ".join(f"{name} {value:g}" for name, value in tuned["settings"].items())
         found = "not tuned yet, the defaults"
-        if "distances" in tuned:
+        if tuned["done"]:
             found = f"the least distance at λ {tuned['lam']:g}"
         lines.append(f"- {method}: {settings}; {found}")
     for name, record in records.items():
@@ -201,24 +201,21 @@ def work(argv):
     for word in arguments.claims:
         if word not in (*names, *CLAIMS, "all", "tune"):
             raise UserError(f"{word} is no claim: choose {choices}")
-        if word == "tune":
-            jobs |= {job.file: job for job in tuning.JOBS.values()}
-        else:
+        if word != "tune":
             chosen += list(CLAIMS) if word == "all" else [names.get(word, word)]
     for name in chosen:
         jobs |= {job.file: job for job in CLAIMS[name].jobs.values()}
     read_records(arguments.out)                       # a damaged file is noticed before the runs
     try:
+        if "tune" in arguments.claims:
+            tuning.tune(arguments.part)
         done = make(list(jobs.values()), arguments.part)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command goes on") from None
     if not done:
         print("the other parts are not done yet")
-    else:
-        if "tune" in arguments.claims:
-            tuning.write()
-        if chosen:
-            write(arguments.out, chosen)
+    elif chosen:
+        write(arguments.out, chosen)
     print_list(arguments.out)
 
 

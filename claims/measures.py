@@ -4,7 +4,6 @@ A measure is used only if it moves as it must on its controls: pictures of ten p
 uses, spoilt on purpose in a known way (controls()). Pictures are RGB as the decoder returns them,
 *before* they are clamped to [0, 1].
 """
-import functools
 import random
 import re
 
@@ -14,6 +13,7 @@ from scipy.ndimage import gaussian_filter, median_filter
 from skimage.color import rgb2lab
 
 import asd
+from claims.work import COMMITTED, Job
 from prior import HERE, ddim_samples
 from tiny.data import STYLES, articled
 from tiny.judge import image_features, load_judge
@@ -101,7 +101,6 @@ def energy_distance(seen, reference):
     return (2 * to_samples - among.sum((1, 2)) / pairs).double()
 
 
-@functools.cache
 def samples(use, number=SAMPLES, seed=100):
     """The prior's own pictures, 50 DDIM steps at guidance 3. use: of drawn_prompts().
 
@@ -123,6 +122,12 @@ def samples(use, number=SAMPLES, seed=100):
     held, others = found["features"].chunk(2, 1)
     floor = [energy_distance(held[:, i], others) for i in range(held.shape[1])]
     return found | {"floor": torch.stack(floor).mean(0)}
+
+
+# committed, as nearly all claims need them, and they take half an hour
+FILES = ("prior.py", "tiny/*/**/*.safetensors", "tiny/judge.py")
+SAMPLES = {use: Job(f"samples-{use}", samples, {"use": use}, minutes, FILES, COMMITTED)
+           for use, minutes in (("test", 30), ("tuning", 8))}
 
 
 def measured(x0, reference):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from claims import runs
-from claims.measures import PROMPTS, decoded, features, samples
+from claims.measures import PROMPTS, SAMPLES, decoded, features
 from claims.pictures import SHOWN, SIDE, short
 from claims.work import Claim, Job
 from cli.pictures import sheet
@@ -13,7 +13,7 @@ from prior import Prior
 
 TEST = PROMPTS["test"]
 NUMBER = 32                     # pictures of a prompt
-JOBS = {"samples": Job("samples", samples, {"use": "test"}, 30)}
+JOBS = {"samples": SAMPLES["test"]}
 for method, minutes in ((None, 1), ("sds", 12), ("asd", 45)):
     JOBS[method or "start"] = Job(f"student-{method or 'start'}", runs.student,
                                   {"method": method, "prompts": TEST, "number": NUMBER}, minutes)

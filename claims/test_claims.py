@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,9 +287,39 @@ def test_kid_by_hand():
 
 
 def test_nine_settings_pair_all_values():
-    rows = [tuple(row.values()) for row in tuning.settings()]
+    rows = [tuple(row.values()) for row in tuning.settings("asd")]
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert len({(row[i], row[j]) for row in rows}) == 9
+
+
+def test_tuning_takes_the_nearest_setting_the_fewest_steps_and_the_nearest_guidance(
+        tmp_path, monkeypatch):
+    """And a second call, as after a kill, runs only what tuned.json does not have yet."""
+    made = []
+
+    def pictures(method, prompts, steps, lr, lr_end, lam=7.5):
+        made.append((steps, lr, lr_end, lam))
+        far = abs(lr - 0.02) * 50 + abs(lr_end - 0.3) + abs(lam - 15) / 100
+        return {"x0": torch.tensor([far + {350: 0, 250: 0.01, 175: 0.04, 120: 0.06}.get(steps, 1)])}
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"sds": {"tried": {}}, "vsd": "kept"}))
+    monkeypatch.setattr(tuning, "FILE", file)
+    monkeypatch.setattr(tuning, "SAMPLES", {"tuning": SimpleNamespace(
+        result=lambda: {"features": None})})
+    monkeypatch.setattr(runs, "distilled", pictures)
+    monkeypatch.setattr(asd.Prior, "from_pretrained", lambda name: None)
+    for name, function in (("decoded", lambda prior, x0: x0), ("features", lambda x0: x0),
+                           ("energy_distance", lambda x0, reference: x0)):
+        monkeypatch.setattr(tuning, name, function)
+    tuning.tune_method("sds")
+    table = json.loads(file.read_text())
+    assert table["sds"]["settings"] == {"lr": 0.02, "lr_end": 0.3, "steps": 175}
+    assert table["sds"]["lam"] == 15 and table["sds"]["done"] and table["vsd"] == "kept"
+    assert len(made) == len(table["sds"]["tried"]) == 9 + 5 + 5
+    del table["sds"]["tried"]["lr 0.01, lr_end 1, steps 350"]
+    file.write_text(json.dumps(table))
+    tuning.tune_method("sds")
+    assert json.loads(file.read_text())["sds"]["lam"] == 15 and len(made) == 20
 
 
 # -------------------------------------------------------------------------------------- the command

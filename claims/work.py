@@ -7,6 +7,7 @@ Claim names its jobs, and turns what they returned into one paired difference fo
 import functools
 import hashlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from prior import HERE, UserError
 from tiny.training import save_tensors, threads_kept
 
 KEPT = Path("outputs/claims")
+COMMITTED = HERE / "claims"       # of the jobs that most others need: the prior's samples
 RULE = (
     "Each claim has one primary outcome, named in the code before any run: a difference, paired by "
     "prompt, that is positive where the paper is right, and δ, the difference that would matter in "
@@ -52,13 +54,15 @@ SOURCES = ("asd.py", "prior.py", "phi.py", "tiny/*/**/*.safetensors", "tiny/judg
 class Job:
     """function(**arguments) -> {name: tensor}, once. minutes: what it takes, one thread of two.
 
-    sources: patterns of the files, beside the function's own, that its result depends on.
+    sources: patterns of the files, beside the function's own, that its result depends on. folder:
+    where the result is kept, in place of KEPT.
     """
     name: str
     function: Callable
     arguments: dict
     minutes: float
     sources: tuple = SOURCES
+    folder: Path | None = None
 
     @property
     def file(self):
@@ -66,7 +70,7 @@ class Job:
         module = self.function.__module__.replace(".", "/") + ".py"
         key = code_key(module, *self.sources)
         arguments = hashlib.sha256(repr(sorted(self.arguments.items())).encode()).hexdigest()[:6]
-        return KEPT / f"{self.name}-{arguments}-{key}.safetensors"
+        return (self.folder or KEPT) / f"{self.name}-{arguments}-{key}.safetensors"
 
     def result(self):
         """Return what the function returned. UserError where it has not been run."""
@@ -82,17 +86,29 @@ class Job:
         save_tensors(file, result)
 
 
-def make(jobs, part="1/1"):
-    """Run this part ("1/2", …) of the jobs, but for those that are kept. -> whether all are now."""
+def part_of(items, part):
+    """Every N-th item, from the I-th on, of part "I/N". UserError for another word."""
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--part {part} is no part: 1/2 is the first of two")
-    missing = [job for job in jobs[int(number) - 1::int(parts)] if not job.file.exists()]
+    return items[int(number) - 1::int(parts)]
+
+
+@contextmanager
+def threads_of(part):
+    """One thread where there are several parts: the other processes have the other cores."""
+    with threads_kept():
+        if not part.endswith("/1"):
+            torch.set_num_threads(1)
+        yield
+
+
+def make(jobs, part="1/1"):
+    """Run this part ("1/2", …) of the jobs, but for those that are kept. -> whether all are now."""
+    missing = [job for job in part_of(jobs, part) if not job.file.exists()]
     minutes = round(sum(job.minutes for job in missing))
-    with threads_kept(), tqdm(total=minutes, desc=f"part {part}", unit="min",
-                              disable=not missing) as bar:
-        if int(parts) > 1:
-            torch.set_num_threads(1)              # the other processes have the other cores
+    with threads_of(part), tqdm(total=minutes, desc=f"part {part}", unit="min",
+                                disable=not missing) as bar:
         for job in missing:
             bar.set_postfix_str(job.name)
             if not job.file.exists():             # another process may have run it
