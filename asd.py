@@ -433,12 +433,16 @@ class DiffusionModel(Protocol):
     def encode_text(self, prompts): ...  # B strings -> cond [B, L, C]; "" is the null prompt ∅
 
 
-def check_prior(prior):
-    """ValueError for what is no DiffusionModel, such as a model's name."""
+def check_inputs(prior, cond, rng):
+    """ValueError for what is no DiffusionModel, no prompt's embedding, or no torch.Generator."""
     for name in ("steps", "alpha_sigma", "eps", "encode_text"):
         if not hasattr(prior, name):
             raise ValueError(f"{prior!r} has no {name}: a prior is Prior.from_pretrained(…), or "
                              "another DiffusionModel")
+    if not torch.is_tensor(cond) or cond.dim() != 3:
+        raise ValueError("cond is prompt embeddings [1 or B, L, C], from prior.encode_text([…])")
+    if not isinstance(rng, torch.Generator):
+        raise ValueError(f"rng is a torch.Generator on the CPU, not {rng!r}")
 
 
 def draw_noise(rng, x0, lowest, highest):
@@ -496,8 +500,12 @@ def phi_optimizer(parameters, method):
 
 
 # ------------------------------------------------------------------------------------ Algorithm 1
-def check_plain(method, phi, real):
-    """ValueError for what `algorithm_1` would not heed."""
+def check_plain(prior, generator, cond, phi, method, rng, real):
+    """ValueError for what `algorithm_1` cannot use, or would not heed."""
+    check_inputs(prior, cond, rng)
+    if hasattr(generator, "regulariser") or hasattr(generator, "parameter_groups"):
+        raise ValueError("a generator's regulariser and parameter_groups are heeded by distill "
+                         "alone")
     if method.lam_phi != 1 or method.fixed_noise or method.t_order != "random" or method.shift:
         raise ValueError("lam_phi, fixed_noise, t_order and shift are heeded by distill alone")
     check_real(real, phi)
@@ -526,7 +534,7 @@ def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=No
     the second discriminator of Eq. 11, cameras, generators with rates or regularisers of their
     own, micro-batches, processes, and the rows' lam_phi, fixed_noise, t_order and shift.
     """
-    check_plain(method, phi, real)
+    check_plain(prior, generator, cond, phi, method, rng, real)
     theta_opt = theta_optimizer(generator.parameters(), method)
     phi_opt = phi_optimizer(phi.parameters(), method)
     null = prior.encode_text([""])
@@ -541,6 +549,7 @@ def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=No
         with torch.no_grad():
             eps_uncond, eps_y = prior.eps(x_t, t, uncond), prior.eps(x_t, t, y)
         eps_phi = phi(x_t, t, y, eps)
+        check_prediction(eps_phi, x_t, "φ")
         # θ: Eq. 7, sent through x0 by ⟨stop(grad), x0⟩ / B, whose derivative by x0 is grad / B
         omega = OMEGAS[method.omega](*prior.alpha_sigma(t))
         grad = generator_grad(eps_uncond, eps_y, eps_phi.detach(), method.lam, omega)
@@ -986,6 +995,8 @@ def update_theta(state, step, x0, grad, alpha_t):
     for group, rate in zip(state.opt_theta.param_groups, state.rates, strict=True):
         group["lr"] = rate * factor
     state.opt_theta.step()
+    theta = [p for group in state.opt_theta.param_groups for p in group["params"]]
+    check_finite(get_total_norm(theta), "generator's θ", step, alpha_t)
 
 
 def update_phi(state, step, branches):
@@ -1038,12 +1049,10 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     Raises ValueError for what does not fit together, FloatingPointError if something is not finite.
     """
     method = find_method(method)
-    check_prior(prior)
-    if not torch.is_tensor(cond) or cond.dim() != 3:
-        raise ValueError("cond is prompt embeddings [1 or B, L, C], from prior.encode_text([…])")
+    rng = torch.Generator().manual_seed(seed) if state is None else state.rng
+    check_inputs(prior, cond, rng)
     if state is None:
         phi = phi or make_phi(method, prior, seed=seed)
-        rng = torch.Generator().manual_seed(seed)
         state = State(generator, phi, method, rng, second, real)
     elif not (phi is second is real is None):
         raise ValueError("a state has its own phi, second and real: drop those of this call")

@@ -468,7 +468,7 @@ def apply_network(settings):
     if not folder.is_dir():
         raise asd.UserError(f"{folder} holds no trained network: train one with --network")
     out = Path(settings.out or folder / "applied.png")
-    ours = out.name == "applied.png" and out.is_file() and not out.samefile(image)
+    ours = settings.out is None and out.is_file() and not out.samefile(image)
     if out.exists() and not ours:
         raise asd.UserError(f"{out} is there already: choose another --out, as nothing is written "
                             "over")

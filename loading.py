@@ -10,7 +10,6 @@ a UserError that names it, before memory or minutes are spent.
 """
 import json
 import math
-import os
 import re
 import sys
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -27,8 +27,16 @@ class UserError(Exception):
 
 def note(text):
     """Print one line on stderr; of several processes only the first does."""
-    if sys.stderr is not None and os.environ.get("RANK", "0") in ("", "0"):
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if sys.stderr is not None and first:
         print(one_line(text, 300), file=sys.stderr)
+
+
+def read_json(file):
+    """What a JSON file holds. UserError for a pipe or a folder: a pipe may never end."""
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is not a file")
+    return json.loads(file.read_text("utf-8-sig"))
 
 
 def one_line(text, length=150):
@@ -116,7 +124,7 @@ def pipeline_class(diffusers, folder, kinds):
 
     The class is looked up in diffusers by a name of our own list: a folder cannot name code to run.
     """
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index = read_json(folder / "model_index.json")
     name = index["_class_name"]
     if name not in kinds:
         raise UserError(f"{folder} is a {name}: only text-to-image pipelines do ("
@@ -175,7 +183,7 @@ def check_betas(folder, index):
     file = folder / "scheduler" / "scheduler_config.json"
     if "FlowMatch" in index["scheduler"][1]:               # a flow's σ are t/T, shifted
         return
-    config = json.loads(file.read_text("utf-8"))
+    config = read_json(file)
     betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
     if betas and len(betas) != steps:
         raise UserError(f"{file} has {len(betas)} trained_betas, but num_train_timesteps is "
@@ -264,7 +272,7 @@ def check_numbers(file, weights):
         return
     tensors, size = count_tensors(weights), sum(path.stat().st_size for path in weights)
     # every number in the JSON, however deep, with the name it stands under
-    pending = [("", json.loads(file.read_text("utf-8")))]
+    pending = [("", read_json(file))]
     while pending:
         name, value = pending.pop()
         if isinstance(value, dict):
@@ -429,6 +437,16 @@ def read_lora(pipe, part, place):
             reason = "there is no such file or folder"
         raise ValueError(f"{place} holds no LoRA as safetensors that can be read: "
                          f"{reason}") from error
+    try:
+        return adapters(place, part, named, alphas, config)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+            re.error) as error:
+        raise ValueError(f"{place}: its tensors, or its α, are of another kind than a LoRA's "
+                         f"({type(error).__name__}: {one_line(error)})") from error
+
+
+def adapters(place, part, named, alphas, config):
+    """What was read of a file -> {layer: Adapter}. ValueError where they are no plain LoRA's."""
     # by the layer: A and B of each; α may stand in the file, one number a layer
     downs, ups, left_out = {}, {}, 0
     for key, value in named.items():
@@ -467,7 +485,7 @@ def peft_lora(file):
     named = {key.removeprefix("base_model.model."): value
              for key, value in load_file(file).items()}
     beside = file.with_name("adapter_config.json")
-    config = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    config = read_json(beside) if beside.exists() else {}
     return named, {}, config
 
 

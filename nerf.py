@@ -197,14 +197,15 @@ class NeRF(nn.Module):
         super().__init__()
         # what load() makes it of again
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        if size & (size - 1) or not 1 <= base <= finest or density not in ("softplus", "exp"):
+        power_of_two = size > 0 and size & (size - 1) == 0
+        if not (power_of_two and 1 <= base <= finest and density in ("softplus", "exp")):
             raise ValueError(f"size {size} must be a power of two, 1 <= base {base} <= finest "
                              f"{finest}, and density {density!r} softplus or exp")
         if not (min(levels, features, width, cells) >= 1 and 0 < box < math.inf
-                and blob_radius > 0):
+                and blob_radius > 0 and math.isfinite(blob)):
             raise ValueError(f"levels {levels}, features {features}, width {width} and cells "
                              f"{cells} must be at least 1, box {box} and blob_radius {blob_radius} "
-                             "above 0")
+                             f"above 0, and blob {blob} finite")
         self.box, self.size, self.cells, self.view = box, size, cells, view
         self.density, self.blob, self.blob_radius = density, blob, blob_radius
         self.kernels = kernels

@@ -51,13 +51,15 @@ def plain_layer(module):
 
 @torch.no_grad()
 def set_adapter(layer, down, up):
-    """Give A and B their values, of any shape with as many numbers."""
+    """Give A and B their values. ValueError for another shape; 1 × 1 at its end may be left out."""
     for module, value in ((layer.lora_A["default"], down), (layer.lora_B["default"], up)):
+        wanted = module.weight.shape
+        if value.shape[:2] != wanted[:2] or value.numel() != wanted.numel():
+            raise ValueError(f"{list(value.shape)} in place of {list(wanted)}")
         if module.weight.is_meta:
-            empty = torch.empty(module.weight.shape, dtype=torch.float32,
-                                device=layer.weight.device)
+            empty = torch.empty(wanted, dtype=torch.float32, device=layer.weight.device)
             module.weight = nn.Parameter(empty)
-        module.weight.copy_(value.reshape(module.weight.shape))
+        module.weight.copy_(value.reshape(wanted))
 
 
 # to_out.0 and the four after it are the two halves of a joint block, the last is FLUX.2's
@@ -91,7 +93,7 @@ class LoRAPhi(nn.Module):
         super().__init__()
         from diffusers.models.embeddings import TimestepEmbedding
         from peft import LoraConfig
-        if cond is not None and not torch.is_tensor(cond):
+        if cond is not None and not (torch.is_tensor(cond) and cond.dim() == 3):
             raise ValueError("cond is prompt embeddings [1, L, C], from prior.encode_text([…]), "
                              f"not {cond!r}")
         if phi_model is not None:
@@ -150,9 +152,9 @@ class LoRAPhi(nn.Module):
             layer = with_adapter(modules[name], len(adapter.down), adapter.scale)
             try:
                 set_adapter(layer, adapter.down, adapter.up)
-            except RuntimeError as error:
-                raise ValueError(f"{place}: {name} has another shape than "
-                                 f"{self.prior.name}'s") from error
+            except ValueError as error:
+                raise ValueError(f"{place}: {name} has another shape than {self.prior.name}'s: "
+                                 f"{error}") from error
             self.network.set_submodule(name, layer)
 
     def layers(self):

@@ -544,7 +544,7 @@ class Prior:
 
     def decode(self, x0, clamp=True):
         """x0 [B, C, H, W] -> RGB in [0, 1], float32; clamp=False: as the decoder has it, which may
-        lie outside. FloatingPointError where x0 is not finite."""
+        lie outside. FloatingPointError where x0, or what it decodes to, is not finite."""
         if not torch.is_tensor(x0) or x0.dim() != 4 or x0.shape[1] != self.shape[0]:
             raise ValueError(f"x0 is [B, {self.shape[0]}, H, W], not {kind_of(x0)}")
         if not x0.isfinite().all():
@@ -553,6 +553,8 @@ class Prior:
         with full_precision():                           # four at once: to bound the memory
             rgb = [self.vae.decode(part.to(self.vae.dtype)).sample.float() for part in z.split(4)]
         images = torch.cat(rgb) / 2 + 0.5
+        if not images.isfinite().all():
+            raise FloatingPointError("latents this large cannot be made a picture")
         return images.clamp(0, 1) if clamp else images
 
     def eps(self, x_t, t, cond):

@@ -541,9 +541,11 @@ def test_a_network_is_saved_and_applied(trained):
     assert status == 0 and "ms per picture" in out and Path("run/applied.png").exists()
     status, out, _ = trained("--apply", "run", "--image", "pictures", "--out", "new/all.png")
     assert status == 0 and Path("new/all.png").exists()
+    Path("holiday").mkdir()
+    shutil.copy("a.png", "holiday/applied.png")                     # the user's own
     before = contents("run")
     for image, out in (("run/applied.png", []), ("a.png", ["--out", "run/checkpoint.safetensors"]),
-                       ("a.png", ["--out", "run"])):
+                       ("a.png", ["--out", "run"]), ("a.png", ["--out", "holiday/applied.png"])):
         one_line(trained("--apply", "run", "--image", image, *out), "there already")
     one_line(trained("--apply", "run", "--image", "a.png", "--out", "new/all.jpg"), "end in .png")
     assert contents("run") == before and not Path("new/all.jpg").exists()

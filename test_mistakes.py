@@ -101,6 +101,8 @@ EDIT, MUG = "--source a --target b --image a.png", "--prompt mug"
     (text_to_3d, f"{MUG} {MUG}", "--prompt is given twice"), (asd, "--lam 1 --lam 2", "twice"),
     (text_to_3d, f"{MUG} --fovy 40 50 --fovy 40 50", "--fovy is given twice"),
     (asd, "--pixels --no-pixels", "--no-pixels is given twice"),
+    (asd, "--init=", "--init cannot be ''"), (asd, "--real=", "--real cannot be ''"),
+    (asd, "--out=", "--out cannot be ''"), (asd, "--phi-init=", "--phi-init cannot be ''"),
     (claims, "nothing", "nothing"), (claims, "1a --part 3/2", "--part"),
     (claims, "1a --x", "--x")], ids=lambda value: ascii(value)[1:40])
 def test_a_wrong_value_is_one_line(refused, command, flags, part):
@@ -147,7 +149,7 @@ def test_real_pictures_need_a_phi_that_learns(refused, model):                 #
 
 
 def test_an_empty_model_is_one_line(refused):
-    refused(asd, "--prompt", "a", "--model", "", part="the name of the model is empty")
+    refused(asd, "--prompt", "a", "--model", "", part="--model cannot be ''")
 
 
 @pytest.mark.parametrize("prompts", [[], [""], ["a fox", "  \n"]])
@@ -552,11 +554,41 @@ def test_broken_model_is_one_line(cli, model, tmp_path):                        
 
 
 def test_divergence_is_one_line_and_keeps_the_checkpoint(cli):                  # noqa: F811
-    result = cli("--method", "sds", "--lr", 1e30, "--steps", 9, "--save-every", 1)
+    result = cli("--method", "sds", "--lr", 5e17, "--steps", 9, "--save-every", 1)
     one_line(result, "not finite at step", "--lr")
     with safe_open("run/checkpoint.safetensors", "pt") as file:
         assert int(file.metadata()["step"]) == len(metrics("run")) >= 1
         assert file.get_tensor("theta.0").isfinite().all()
+
+
+@pytest.mark.parametrize("flags", [["--lr", 1e30], ["--optimizer", "sgd", "--lr", 1e30]], ids=str)
+def test_divergence_in_the_last_step_is_no_black_picture(cli, flags):           # noqa: F811
+    one_line(cli("--method", "sds", "--steps", 1, *flags), "generator's θ is not finite at step 0")
+    assert not Path("run/final.png").exists()
+
+
+def test_what_lies_where_a_file_is_prepared_is_not_written_to(tmp_path):
+    """A user's x.png.tmp stays; a link under the temporary name leads nowhere."""
+    mine, theirs = tmp_path / "x.png.tmp", tmp_path / "theirs"
+    for path in (mine, theirs):
+        path.write_text("mine")
+    (tmp_path / ".x.png.tmp").symlink_to(theirs)
+    files.write_text(tmp_path / "x.png", "ours")
+    assert mine.read_text() == theirs.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "x.png", "x.png.tmp"]
+
+
+@pytest.mark.parametrize("command, flags, part", [
+    (nerf, ["no-such-solid"], "neither a folder nor a solid"), (claims, ["zzz"], "no claim"),
+    (asd, ["--prompts-file", "missing.txt"], "missing.txt"),
+    (variants, ["train-corrective", "--lr", "9"], "--lr")], ids=lambda value: ascii(value)[:30])
+def test_a_rank_left_over_hides_no_line(refused, monkeypatch, command, flags, part):
+    """… where no other process has been met; under torchrun the first alone speaks."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    refused(command, *flags, part=part)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not run.speaks()
 
 
 # ---------------------------------------------------------------------------------- full disks
@@ -622,15 +654,18 @@ def with_full_disk(number, argv, log):
         stream = streams.pop(0)
         os.dup2(stream.fileno(), place)
         setattr(sys, ("stdin", "stdout", "stderr")[place], open(place, "w"))
-    status = asd.main(argv)
-    if number == 1:
-        sys.stderr.flush()
+    try:
+        status = asd.main(argv)
+    except SystemExit as stop:
+        status = stop.code
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()                            # Python does so at its end, or its status is 120
     os._exit(status)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("number, flags, status", [
-    (2, [], 0), (2, ["--lam", "nan"], 2), (1, [], 2)])
+    (2, [], 0), (2, ["--lam", "nan"], 2), (1, [], 2), (1, ["--help"], 2)])
 def test_a_full_disk_behind_a_stream(fork, model, tmp_path, monkeypatch, number, flags,  # noqa: F811
                                      status):
     """Behind stderr it ends no run, and a mistake's status stays; behind stdout it is a mistake."""

@@ -938,6 +938,10 @@ def first(named, value):
      "other layers"),
     (lambda named: named.update({"unet.down_blocks.0.lora_magnitude_vector": torch.ones(2)}),
      "no plain LoRA"),
+    (lambda named: first(named, torch.ones(0, 32)), "ZeroDivisionError"),
+    (lambda named: first(named, torch.ones(())), "TypeError"),
+    (lambda named: [named.update({key: value.T.contiguous()}) for key, value in named.items()
+                    if "lora.up" in key or "lora_B" in key], "another shape .*in place of"),
     ("brackets", "RecursionError"), ("damaged", "safetensors")])
 def test_a_lora_that_does_not_do_is_refused_by_name(load, tmp_path, change, words):  # noqa: F811
     prior, file = load(), tmp_path / "pytorch_lora_weights.safetensors"
@@ -956,6 +960,20 @@ def test_a_lora_that_does_not_do_is_refused_by_name(load, tmp_path, change, word
     if words in ("int32", "not finite", "RecursionError", "safetensors"):
         with pytest.raises(UserError, match=str(file)):
             Prior.from_pretrained("tiny-sd", "cpu", lora=file)
+
+
+@pytest.mark.parametrize("config", ['{"lora_alpha": "8"}', '{"alpha_pattern": ["a"]}', "[]", "3",
+                                    '{"lora_alpha": null}', '{"alpha_pattern": {"(": 3}}'])
+def test_a_configuration_of_peft_that_is_none_is_refused_by_name(load, tmp_path, config):  # noqa: F811
+    prior = load()
+    LoRAPhi(prior, rank=2).save(tmp_path)
+    named = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    named = {key.removeprefix("unet."): value for key, value in named.items()}
+    save_file(named, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "pytorch_lora_weights.safetensors").unlink()
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        LoRAPhi(prior, phi_init=tmp_path)
 
 
 def test_phi_adapts_all_eight_projections_of_a_joint_block(families):

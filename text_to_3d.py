@@ -68,6 +68,8 @@ class Scene(nn.Module):
                  resolution=(32, 64), late=0.3, background="white", sparsity=0.0, opaque=100.0,
                  perp_neg=False):
         super().__init__()
+        if not isinstance(prompt, str):
+            raise ValueError(f"a Scene's prompt is one text, not {prompt!r}")
         check_scene(views, samples, resolution, background, overhead, late,
                     elevation=elevation, azimuth=azimuth, distance=distance, fovy=fovy)
         self.prior, self.nerf, self.rng, self.steps = prior, nerf.to(prior.device), rng, steps
@@ -184,7 +186,7 @@ def check_scene(views, samples, resolution, background, overhead, late, **ranges
     if not (0 <= overhead <= 1 and 0 <= late <= 1):
         raise ValueError(f"overhead {overhead} and late {late} are parts of 1")
     for name, (least, largest) in ranges.items():
-        if not least <= largest:
+        if not -math.inf < least <= largest < math.inf:
             raise ValueError(f"{name} {least}, {largest}: the least value comes first")
     if not (ranges["distance"][0] > 0 and 0 < ranges["fovy"][0] <= ranges["fovy"][1] < 180):
         raise ValueError(f"distance {ranges['distance']} must be above 0, and fovy "

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_prompts(path):
     if Path(path).is_block_device() or Path(path).is_char_device():
         raise UserError(f"{path} is a device, not a file of prompts")
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+        lines = re.split("[\r\n]+", Path(path).read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
     lines = [check_text(line.strip()) for line in lines]
@@ -65,8 +66,9 @@ def read_prompts(path):
 @contextmanager
 def moved_into(path):
     """Yield a temporary path beside `path`; what was written there is moved to `path`."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)         # of a killed run; a link would lead elsewhere
         yield temporary
         os.replace(temporary, path)
     except BaseException:
@@ -312,7 +314,11 @@ def load_checkpoint(path, state, weights, settings):
             raise ValueError("it was made with other weights than the model has now")
         if not all(x.isfinite().all() for x in named.values() if x.is_floating_point()):
             raise ValueError("it is not finite")
+        if int(about["step"]) < 0:
+            raise ValueError("its step is negative")
+        frames = {int(name[6:]): frame for name, frame in named.items()
+                  if name.startswith("frame.")}
         load_tensors(state, named, int(about["step"]))
     except Exception as error:
         raise UserError(f"{path} cannot be resumed: {type(error).__name__}: {error}") from error
-    return {int(name[6:]): frame for name, frame in named.items() if name.startswith("frame.")}
+    return frames

@@ -145,12 +145,13 @@ def open_streams():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def flush_stdout():
-    """OSError where the disk behind it is full; what it holds is dropped, or Python fails again."""
+def flush(stream):
+    """OSError where nobody takes what it holds; that is then dropped, or Python fails at its end.
+    """
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise
 
 
@@ -161,9 +162,9 @@ def out_of_memory(error):
 
 
 def show_warning(name, message, *_):
-    """Print a warning in a line, of process 0 alone; takes what warnings.showwarning takes."""
+    """Print a warning in a line; takes what warnings.showwarning takes."""
     from tqdm import tqdm
-    if process_number() == 0:
+    if speaks():
         with tqdm.external_write_mode(sys.stderr):       # a bar goes on below the line
             say(name, message)
 
@@ -174,35 +175,42 @@ MISTAKES = (UserError, FloatingPointError, OSError, SafetensorError, ImportError
 def guarded(name, work, memory="--micro-batch 1, --checkpointing or less at once", mistakes=()):
     """Call work() and return its exit status, or 0. A mistake is one line: 2; Ctrl-C: 130.
 
-    Of several processes only number 0 speaks. memory: what helps where there is too little.
+    memory: what helps where there is too little.
     """
     open_streams()
-    alone = False
     with redirect_stderr(Forgiving(sys.stderr)), warnings.catch_warnings():
         warnings.showwarning = partial(show_warning, name)
+        status = status_of(name, work, memory, mistakes)
+    with suppress(OSError):
+        flush(sys.stderr)
+    return status
+
+
+def status_of(name, work, memory, mistakes):
+    """guarded()'s exit status; the line is printed."""
+    try:
         try:
             status = work() or 0
-            flush_stdout()
-            return status
-        except BrokenPipeError:              # what reads stdout, such as head, has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except (*MISTAKES, *mistakes) as mistake:
-            line = str(mistake).strip() or type(mistake).__name__
-            if isinstance(mistake, ImportError):
-                line += ": pip install -r requirements.txt"
-            status, alone = 2, isinstance(mistake, Alone)
-        except KeyboardInterrupt as stop:
-            line, status = f"stopped{''.join(map(str, stop.args))}", 130
-            if process_number() == 0:
-                print(file=sys.stderr)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            line, status = f"out of memory: try {memory}", 2
-        if process_number() == 0 or alone:
-            say(name, line)
+        finally:                             # also after --help, which ends the program
+            flush(sys.stdout)
         return status
+    except BrokenPipeError:                  # what reads stdout, such as head, has read enough
+        return 141
+    except (*MISTAKES, *mistakes) as mistake:
+        line, status = str(mistake).strip() or type(mistake).__name__, 2
+        if isinstance(mistake, ImportError):
+            line += ": pip install -r requirements.txt"
+    except KeyboardInterrupt as stop:
+        line, status = f"stopped{''.join(map(str, stop.args))}", 130
+        if speaks():
+            print(file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        line, status = f"out of memory: try {memory}", 2
+    if speaks():
+        say(name, line)
+    return status
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -217,8 +225,13 @@ def process_number():
     return int(rank) if launched() and rank.isdecimal() else 0
 
 
-class Alone(UserError):
-    """This process waited in vain for the others, so it speaks for itself."""
+def speaks():
+    """Whether this process prints: of several that torchrun started, or that joined, the first.
+
+    A RANK by itself may be left over from a cluster: then this one is all that the user has.
+    """
+    several = dist.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ
+    return not several or process_number() == 0
 
 
 PATIENCE = timedelta(seconds=60)             # with the other processes, at the start
@@ -242,15 +255,15 @@ def join_processes(command):
         raise UserError("one process alone can do this")
     try:
         socket.getaddrinfo(host, None)
-    except OSError as error:
-        raise wrong_launch(f"MASTER_ADDR {host}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        raise wrong_launch(f"MASTER_ADDR {host}: {error}") from error
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
         store.set(f"joined {rank}", "")
         store.wait([f"joined {other}" for other in range(size)], PATIENCE)
     except RuntimeError as error:
-        raise Alone(f"the other processes of WORLD_SIZE {size} have not come within "
+        raise UserError(f"the other processes of WORLD_SIZE {size} have not come within "
                     f"{PATIENCE.seconds} s: unset RANK to run one process") from error
     dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=rank,
                             world_size=size)

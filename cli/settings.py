@@ -23,9 +23,16 @@ from prior import UserError
 
 
 # ------------------------------------------------------------------------------ types, and groups
+def not_empty(text):
+    """Return the text. ValueError for none, such as an unset variable of the shell."""
+    if not text:
+        raise ValueError("an empty text names no file")
+    return text
+
+
 def found(text):
     """Make the path of a file or folder that exists absolute; leave another name as it is."""
-    if text not in ("", "tiny-sd") and regular(text).exists():
+    if text != "tiny-sd" and regular(text).exists():
         return str(Path(text).resolve())
     return text
 
@@ -42,7 +49,8 @@ def flag(meaning, default=..., **bounds):
 
 
 Text = Annotated[str, AfterValidator(check_text)]
-Place = Annotated[str, AfterValidator(check_text), AfterValidator(found)]
+Name = Annotated[Text, AfterValidator(not_empty)]
+Place = Annotated[Name, AfterValidator(found)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Field(ge=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -145,13 +153,13 @@ class Run(Settings):
     micro_batch: Count | None = flag("pictures at a time (default: all)", None)
     threads: Threads | None = flag("of torch, on the CPU (default: torch's own choice)", None)
     save_every: Count = flag("steps between checkpoints", 50)
-    out: Text | None = flag("the folder (default outputs/METHOD-PROMPT-SEED)", None, exclude=True)
-    resume: Text | None = flag("go on with the run in this folder", None, exclude=True)
+    out: Name | None = flag("the folder (default outputs/METHOD-PROMPT-SEED)", None, exclude=True)
+    resume: Name | None = flag("go on with the run in this folder", None, exclude=True)
     may_change: ClassVar[set] = {"steps", "device", "save_every", "micro_batch", "threads"}
 
 
 class PromptsFile(Settings):
-    prompts_file: Text | None = flag("a run for each line that has none yet; empty lines and lines "
+    prompts_file: Name | None = flag("a run for each line that has none yet; empty lines and lines "
                                      "that begin with # are left out; - is stdin", None,
                                      exclude=True)
 
@@ -193,15 +201,15 @@ class EditSettings(Equation, VariantPhi, Optimiser, Model, Run):
     things: Text | None = flag("--network: what {} in both prompts stands for, with commas", None)
     batch: Count = flag("--network: pictures per step", 8)
     pictures: Count = flag("--network: samples to make", 64)
-    apply: Text | None = flag("edit --image by the network that was trained in this folder; goes "
+    apply: Name | None = flag("edit --image by the network that was trained in this folder; goes "
                               "with --image, --out and --device alone", None, exclude=True)
 
 
 class ApplySettings(Settings):
     """editing.py --apply."""
-    apply: Text
+    apply: Name
     image: Place
-    out: Text | None = None
+    out: Name | None = None
     device: Text = "auto"
 
 
@@ -254,22 +262,22 @@ class FitSettings(Settings):
     device: Text = flag("cpu, cuda, …; auto is cuda where there is one", "auto")
     threads: Threads | None = flag("of torch, on the CPU (default: torch's own choice)", None)
     seed: Seed = flag("of all randomness", 0)
-    out: Text | None = flag("the folder (default outputs/fit-SCENE)", None, exclude=True)
+    out: Name | None = flag("the folder (default outputs/fit-SCENE)", None, exclude=True)
 
 
 class CorrectiveSettings(Settings):
     """variants.py train-corrective: the network of LMC-SDS."""
-    model: Text = flag('"tiny-sd", a diffusers folder or a hub name', "tiny-sd")
+    model: Name = flag('"tiny-sd", a diffusers folder or a hub name', "tiny-sd")
     minutes: float = flag("of training", 20.0, ge=1e-3, le=1e30)
-    images: Text | None = flag("pictures to learn from (default: the prior's samples)", None)
-    prompts: Text | None = flag("a file of prompts, one a line, for the samples", None)
+    images: Name | None = flag("pictures to learn from (default: the prior's samples)", None)
+    prompts: Name | None = flag("a file of prompts, one a line, for the samples", None)
     samples: Count = flag("how many to make", 512)
     ddim: Count = flag("steps to a sample", 25)
     batch: Count = flag("pictures per step", 16)
     lr: float = flag("AdamW's learning rate", 2e-3, gt=0, le=1)
     seed: int = flag("of all randomness", 0, ge=0, le=2 ** 62)
     device: Text = flag("cpu, cuda, …; auto is cuda where there is one", "auto")
-    out: Text | None = flag("the file (default, of tiny-sd: in tiny/)", None)
+    out: Name | None = flag("the file (default, of tiny-sd: in tiny/)", None)
 
 
 # --------------------------------------------------------------------------------------- the flags
