@@ -383,7 +383,8 @@ class Method:
             raise ValueError(f"phi is what makes the φ, such as LoRAPhi, not {self.phi!r}")
         if self.t_min > self.t_max:
             raise ValueError(f"t_min {self.t_min} is above t_max {self.t_max}")
-        if self.t_late < 1 and self.t_min > self.t_max_late:
+        late = self.t_late < 1 and self.t_order == "random"
+        if late and self.t_min > self.t_max_late:
             raise ValueError(f"t_min {self.t_min} is above t_max_late {self.t_max_late}")
 
 
@@ -454,7 +455,7 @@ def draw_noise(rng, x0, lowest, highest):
 
 def range_of_t(method, step, T):
     """The least and the largest t for θ at this step, both included."""
-    late = step >= method.t_late * method.steps
+    late = step >= method.t_late * method.steps and method.t_order == "random"
     t_max = min(method.t_max, method.t_max_late) if late else method.t_max
     return min(round(method.t_min * T), T - 1), min(round(t_max * T), T - 1)
 
@@ -506,6 +507,9 @@ def check_plain(prior, generator, cond, phi, method, rng, real):
     if hasattr(generator, "regulariser") or hasattr(generator, "parameter_groups"):
         raise ValueError("a generator's regulariser and parameter_groups are heeded by distill "
                          "alone")
+    if hasattr(phi, "prompts") or hasattr(phi, "whole"):
+        raise ValueError(f"{type(phi).__name__} asks the prior for more than ∅ and y, or compares "
+                         "samples: that is heeded by distill alone")
     if method.lam_phi != 1 or method.fixed_noise or method.t_order != "random" or method.shift:
         raise ValueError("lam_phi, fixed_noise, t_order and shift are heeded by distill alone")
     check_real(real, phi)
@@ -845,10 +849,14 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def trained(optimizer):
+    """All parameters of an optimiser."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def sum_gradients(optimizer, name, step, alpha_t):
     """Sum all gradients over the processes, so that all make the same step; check the sums."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]
-                 if p.grad is not None]
+    gradients = [p.grad for p in trained(optimizer) if p.grad is not None]
     if dist.is_initialized():
         vector_to_parameters(sum_over_processes(parameters_to_vector(gradients)), gradients)
     check_finite(get_total_norm(gradients), name, step, alpha_t)
@@ -995,8 +1003,7 @@ def update_theta(state, step, x0, grad, alpha_t):
     for group, rate in zip(state.opt_theta.param_groups, state.rates, strict=True):
         group["lr"] = rate * factor
     state.opt_theta.step()
-    theta = [p for group in state.opt_theta.param_groups for p in group["params"]]
-    check_finite(get_total_norm(theta), "generator's θ", step, alpha_t)
+    check_finite(get_total_norm(trained(state.opt_theta)), "generator's θ", step, alpha_t)
 
 
 def update_phi(state, step, branches):
@@ -1014,6 +1021,8 @@ def update_phi(state, step, branches):
         total = torch.stack(losses).sum()
         sum_gradients(state.opt_phi, "discriminator's gradient", step, alpha_t)
         state.opt_phi.step()
+    if branches[0].phi_draws:
+        check_finite(get_total_norm(trained(state.opt_phi)), "discriminator's φ", step, alpha_t)
     return sum_over_processes(total).item()
 
 

@@ -273,16 +273,20 @@ def load_network(folder, device):
 
     from cli import files
     from cli.settings import check_found
+    from loading import read_json
     from prior import Prior, usable
     network = Path(folder) / "network"
     try:
-        model = json.loads(files.read_text(Path(folder) / "config.json"))["settings"]["model"]
-        check_found(model)
+        settings = json.loads(files.read_text(Path(folder) / "config.json"))["settings"]
+        for name in ("model", "config", "lora"):
+            check_found(settings[name])
         for file in network.iterdir():
             files.regular(file)
+        read_json(network / "config.json")
         net, info = UNet2DModel.from_pretrained(network, local_files_only=True,
                                                 use_safetensors=True, output_loading_info=True)
-        prior = Prior.from_pretrained(model, usable(device))
+        prior = Prior.from_pretrained(settings["model"], usable(device), None, settings["size"],
+                                      settings["config"], settings["lora"], settings["lora_scale"])
         if any(info.values()) or net.config.in_channels != prior.shape[0]:
             raise ValueError("other weights")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:

@@ -33,10 +33,21 @@ def note(text):
 
 
 def read_json(file):
-    """What a JSON file holds. UserError for a pipe or a folder: a pipe may never end."""
+    """The object {…} in a JSON file. UserError for another, and for a pipe or a folder."""
     if file.exists() and not file.is_file():
         raise UserError(f"{file} is not a file")
-    return json.loads(file.read_text("utf-8-sig"))
+    found = json.loads(file.read_text("utf-8-sig"))
+    if not isinstance(found, dict):                # diffusers takes a text for a name on the hub
+        raise UserError(f"{file} holds no JSON object")
+    return found
+
+
+def open_tensors(file):
+    """Open a safetensors file. UserError for a pipe or a folder."""
+    from safetensors import safe_open
+    if Path(file).exists() and not Path(file).is_file():
+        raise UserError(f"{file} is not a file")
+    return safe_open(file, "pt")
 
 
 def one_line(text, length=150):
@@ -169,7 +180,9 @@ def check_tokenizers(folder, index):
     for name, value in index.items():
         if not (name.startswith("tokenizer") and isinstance(value, list) and value[0]):
             continue
-        names = {file.name for file in (folder / name).glob("*")}
+        # a link to nothing, a pipe or an empty file has no words
+        names = {file.name for file in (folder / name).glob("*")
+                 if file.is_file() and file.stat().st_size > 0}
         if not any(form <= names for form in VOCABULARIES):
             raise UserError(f"{folder / name} holds no vocabulary (vocab.json and merges.txt, or "
                             "tokenizer.json)")
@@ -199,9 +212,8 @@ def check_weights(files):
     They would be taken for real numbers, without the scales that belong to them. Of what is no
     weight some is an integer by right, such as a text encoder's position_ids.
     """
-    from safetensors import safe_open
     for file in files:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             for key in opened.keys():
                 kind = opened.get_slice(key).get_dtype()
                 if key.endswith(("weight", "bias")) and not kind.startswith(("F", "BF")):
@@ -254,10 +266,9 @@ def count_tensors(files):
 
     Only their headers are read, whatever their size.
     """
-    from safetensors import safe_open
     count = 0
     for file in files:
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             count += len(opened.keys())
     return count
 
@@ -367,20 +378,25 @@ def lora_file(place):
 
 
 def check_lora(file):
-    """Count the layers that a LoRA's file adapts. ValueError for integers, and NaN or infinity.
+    """Count the layers that a LoRA's file adapts.
 
     A layer's A is called lora_A by peft and diffusers, lora_down or lora.down by other trainers.
+    ValueError for integers, NaN or infinity, a pair of which one is missing, and DoRA.
     """
-    from safetensors import safe_open
-    layers = 0
-    with safe_open(file, "pt") as opened:
+    layers = ups = 0
+    with open_tensors(file) as opened:
         for key in opened.keys():
+            if "dora_scale" in key or "magnitude_vector" in key:     # diffusers would leave it out
+                raise ValueError(f"{key} belongs to no plain LoRA")
             value = opened.get_tensor(key)
             if not value.is_floating_point() and not key.endswith("alpha"):
                 raise ValueError(f"{key} holds {value.dtype}, not real numbers")
             if not value.isfinite().all():
                 raise ValueError(f"{key} is not finite")
             layers += bool(re.search(r"lora_A|lora_down|lora\.down", key))
+            ups += bool(re.search(r"lora_B|lora_up|lora\.up", key))
+    if layers != ups:
+        raise ValueError(f"there are no pairs of A and B: {layers} A, {ups} B")
     return layers
 
 

@@ -863,6 +863,9 @@ def fit(nerf, posed, steps=600, batch=1024, samples=64, lr=2e-2, background=None
     """
     rng = rng or torch.Generator().manual_seed(0)
     device, spacing = nerf.table.device, 2 * nerf.box / samples
+    if not (posed.color.is_floating_point() and 0 <= posed.color.min()
+            and posed.color.max() <= 1):
+        raise ValueError("colours are floats in [0, 1]")
     pixels = [v.reshape(posed.opacity.numel(), -1).to(device) for v in posed]
     optimizer = torch.optim.Adam(nerf.parameters(), lr, eps=1e-15)
     rate = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / steps))

@@ -337,6 +337,11 @@ class Prior:
         for name, part in modules_of(self.pipe).items():
             if not all(tensor.isfinite().all() for tensor in part.state_dict().values()):
                 raise UserError(f"has weights in its {name} that are not finite")
+        for name, tokenizer in self.pipe.components.items():
+            if name.startswith("tokenizer") and tokenizer is not None:
+                fox, apple = (tokenizer(text).input_ids for text in ("a blue fox", "a red apple"))
+                if fox == apple:
+                    raise UserError(f"has a {name} to which all prompts are the same")
         # so that what does not fit together is noticed now, and not after minutes
         x0 = torch.zeros(1, *self.shape, device=self.device)
         t = torch.full((1,), self.steps // 2, device=self.device)
@@ -387,7 +392,7 @@ class Prior:
         # ᾱ_t = α_t², the product of 1 − β up to t
         alpha_bar = scheduler.alphas_cumprod.float().cpu()
         if not (alpha_bar.isfinite().all() and alpha_bar.min() >= 0 and alpha_bar.max() <= 1
-                and (alpha_bar.diff() <= 0).all()):
+                and (alpha_bar.diff() <= 0).all() and alpha_bar[-1] < 0.5):
             raise UserError("has a noise schedule whose α_t does not fall from 1 to 0")
         zero_snr = scheduler.config.get("rescale_betas_zero_snr") or alpha_bar.min() == 0
         if zero_snr and self.prediction_type == "epsilon":

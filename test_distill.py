@@ -1484,12 +1484,30 @@ def test_state_of_another_method(changes):
 @pytest.mark.parametrize("changes, with_real, words", [
     ({"lam_phi": 2.0}, False, "distill alone"), ({"fixed_noise": True}, False, "distill alone"),
     ({"t_order": "descending"}, False, "distill alone"), ({"shift": 1.0}, False, "distill alone"),
-    ({}, True, "nothing to learn")])
+    ({}, True, "nothing to learn"), ("prompts", False, "distill alone"),
+    ("regulariser", False, "distill alone"), ("rng", False, "torch.Generator")])
 def test_algorithm_1_refuses_what_it_would_not_heed(changes, with_real, words):
     prior, real = ElementwisePrior(), torch.zeros(1, 2, 3, 3) if with_real else None
+    particles, phi, method, random = Particles(), NoisePhi(), method_of("sds"), rng()
+    if changes == "prompts":
+        phi.prompts = lambda step, y, null: {}
+    elif changes == "regulariser":
+        particles.regulariser = lambda: 0
+    elif changes == "rng":
+        random = None
+    else:
+        method = method_of("sds", **changes)
     with pytest.raises(ValueError, match=words):
-        asd.algorithm_1(prior, Particles(), prior.encode_text([""]), NoisePhi(),
-                        method_of("sds", **changes), rng(), real)
+        asd.algorithm_1(prior, particles, prior.encode_text([""]), phi, method, random, real)
+
+
+def test_a_falling_t_has_no_late_range():
+    """t_max_late is for random t: a run of falling t may end above it."""
+    row = method_of("sds", t_order="descending", t_min=0.6, t_max=0.9, t_max_late=0.5, t_late=0.5,
+                    steps=4)
+    run_elementwise(row, Particles())
+    with pytest.raises(ValueError, match="above t_max_late"):
+        replace(row, t_order="random")
 
 
 # ----------------------------------------------------------------------------- what goes wrong

@@ -38,7 +38,7 @@ from test_distill import (  # noqa: F401 (fixtures)
     tiny,
     trainable,
 )
-from test_runs import checkpoint, contents, load_once, metrics, model  # noqa: F401
+from test_runs import checkpoint, contents, forget_picture, load_once, metrics, model  # noqa: F401
 from test_runs import one_line as of_a_command
 from tiny.judge import distances
 from variants import Exact
@@ -527,6 +527,7 @@ def test_a_run_stopped_before_its_first_checkpoint_ends_in_the_same(trained):
     before = checkpoint("run")
     Path("run/checkpoint.safetensors").unlink()
     Path("run/before_after.png").unlink()
+    forget_picture("run")
     assert trained("--resume", "run")[0] == 0
     after = checkpoint("run")
     assert before.keys() == after.keys()
@@ -554,6 +555,13 @@ def test_a_network_is_saved_and_applied(trained):
     one_line(trained("--apply", "run", "--image", "a.png", "--steps", "3"), "--steps")
     one_line(trained("--apply", "pictures", "--image", "a.png"), "no trained network")
     assert asd.main(["--resume", "run"]) == 2
+
+
+def test_a_network_is_applied_at_the_size_it_was_trained_at(trained):
+    config = json.loads(Path("run/config.json").read_text())
+    config["settings"]["size"] = 24
+    Path("run/config.json").write_text(json.dumps(config))
+    assert editing.load_network("run", "cpu")[0].image_size == (24, 24)
 
 
 def test_what_apply_translates_is_what_was_trained(trained):

@@ -34,7 +34,7 @@ import variants
 from claims import __main__ as claims
 from cli import files, run, settings
 from phi import LoRAPhi
-from test_distill import folders, link_tree, no_network  # noqa: F401 (fixtures)
+from test_distill import folders, link_tree, load, no_network  # noqa: F401 (fixtures)
 from test_runs import (  # noqa: F401 (fixtures)
     checkpoint,
     cli,
@@ -48,6 +48,7 @@ from test_runs import (  # noqa: F401 (fixtures)
     one_line,
 )
 from tiny import data
+from tiny.training import save_tensors
 
 HERE = Path(asd.__file__).resolve().parent
 
@@ -98,6 +99,7 @@ EDIT, MUG = "--source a --target b --image a.png", "--prompt mug"
     (nerf, "mug --kernels cuda", "--kernels"), (nerf, "mug --size many", "--size"),
     (nerf, "mug --batch 1000000000", "--batch"), (nerf, "mug --samples 1000000000", "--samples"),
     (variants, "train-corrective --lr 0", "--lr cannot be '0'"),
+    (variants, f"train-corrective --out {__file__}/b", "is a file, not a folder"),
     (text_to_3d, f"{MUG} {MUG}", "--prompt is given twice"), (asd, "--lam 1 --lam 2", "twice"),
     (text_to_3d, f"{MUG} --fovy 40 50 --fovy 40 50", "--fovy is given twice"),
     (asd, "--pixels --no-pixels", "--no-pixels is given twice"),
@@ -209,7 +211,7 @@ def test_a_moved_model_is_to_be_moved_back(edited, name):
 def test_a_finished_run_without_its_checkpoint_is_not_made_again(finished):     # noqa: F811
     Path("run/checkpoint.safetensors").unlink()
     before = contents("run")
-    one_line(finished("--resume", "run"), "run holds final.png, but no checkpoint.safetensors")
+    one_line(finished("--resume", "run"), "run was finished, and has no checkpoint.safetensors")
     assert contents("run") == before
 
 
@@ -335,8 +337,8 @@ def test_a_flipped_bit_is_noticed(finished, seed):                              
 def test_other_weights_are_refused(finished, monkeypatch, part):                           # noqa: F811
     """… by --resume, whichever part's they are; its own are taken again."""
     fingerprint, priors = files.fingerprint, []
-    monkeypatch.setattr(files, "fingerprint", lambda prior: priors.append(prior) or
-                        fingerprint(prior))
+    monkeypatch.setattr(files, "fingerprint", lambda prior, phi: priors.append(prior) or
+                        fingerprint(prior, phi))
     assert finished("--resume", "run")[0] == 0
     weight = next(priors[0].pipe.components[part].parameters())
     before, kept = contents("run"), weight.detach().clone()
@@ -348,6 +350,56 @@ def test_other_weights_are_refused(finished, monkeypatch, part):                
         weight.data.copy_(kept)
     assert contents("run") == before
     assert finished("--resume", "run")[0] == 0
+
+
+def changed_by_hand(prior, phi, what):
+    """Change something that a checkpoint does not hold. -> a function that takes it back."""
+    if what == "LoRA's scale":
+        scaling = next(m.scaling for m in phi.modules() if getattr(m, "scaling", None))
+        scaling["default"] *= 2
+        return lambda: scaling.update(default=scaling["default"] / 2)
+    name = {"prediction_type": "prediction_type", "schedule": "alphas", "units": "scale"}[what]
+    before = getattr(prior, name)
+    setattr(prior, name, "v_prediction" if what == "prediction_type" else before * 0.9)
+    return lambda: setattr(prior, name, before)
+
+
+@pytest.mark.parametrize("what", ["prediction_type", "schedule", "units", "LoRA's scale", "words"])
+def test_what_a_run_was_made_with_is_in_its_checkpoint(load, monkeypatch, what):    # noqa: F811
+    """Not only the weights: what --resume must find as it was."""
+    prior = load()
+    phi = LoRAPhi(prior, rank=2)
+    before = files.fingerprint(prior, phi)
+    if what == "words":
+        words = prior.pipe.tokenizer.get_vocab()
+        first, second = sorted(words)[:2]
+        swapped = words | {first: words[second], second: words[first]}
+        monkeypatch.setattr(type(prior.pipe.tokenizer), "get_vocab", lambda self: swapped)
+        assert files.fingerprint(prior, phi) != before
+        return
+    take_back = changed_by_hand(prior, phi, what)
+    try:
+        assert files.fingerprint(prior, phi) != before
+    finally:
+        take_back()
+    assert files.fingerprint(prior, phi) == before
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_made_again(finished):         # noqa: F811
+    """… also where its picture was moved elsewhere."""
+    Path("run/final.png").rename("gallery.png")
+    Path("run/checkpoint.safetensors").unlink()
+    before = contents("run")
+    one_line(finished("--resume", "run"), "run was finished")
+    assert contents("run") == before
+
+
+def test_phi_is_not_saved_through_a_link(finished):                                 # noqa: F811
+    Path("run/phi").rename("mine")
+    Path("run/phi").symlink_to(Path("mine").resolve())
+    before = contents("mine")
+    assert finished("--resume", "run", "--steps", 5)[0] == 0
+    assert contents("mine") == before and not Path("run/phi").is_symlink()
 
 
 def test_a_run_goes_on_from_another_directory(cli, model, tmp_path, monkeypatch):  # noqa: F811
@@ -567,6 +619,12 @@ def test_divergence_in_the_last_step_is_no_black_picture(cli, flags):           
     assert not Path("run/final.png").exists()
 
 
+def test_a_phi_that_diverges_in_the_last_step_is_not_kept(cli):                 # noqa: F811
+    """A's gradient is 0 at first, as B is: 0/0 of Adam without its ε."""
+    one_line(cli("--method", "vsd", "--steps", 1, "--adam-eps", 0), "φ is not finite at step 0")
+    assert not Path("run/checkpoint.safetensors").exists() and not Path("run/phi").exists()
+
+
 def test_what_lies_where_a_file_is_prepared_is_not_written_to(tmp_path):
     """A user's x.png.tmp stays; a link under the temporary name leads nowhere."""
     mine, theirs = tmp_path / "x.png.tmp", tmp_path / "theirs"
@@ -574,6 +632,8 @@ def test_what_lies_where_a_file_is_prepared_is_not_written_to(tmp_path):
         path.write_text("mine")
     (tmp_path / ".x.png.tmp").symlink_to(theirs)
     files.write_text(tmp_path / "x.png", "ours")
+    (tmp_path / ".x.png.tmp").symlink_to(theirs)
+    save_tensors(tmp_path / "x.png", {"x": torch.ones(1)})
     assert mine.read_text() == theirs.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "x.png", "x.png.tmp"]
 

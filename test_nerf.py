@@ -756,6 +756,12 @@ def test_fit_stops_where_the_loss_is_not_finite(two_pictures):
         nerf.fit(small(), two_pictures, 3, 16, 4, lr=1e30)
 
 
+def test_fit_of_bytes(two_pictures):
+    for factor in (255, -1):
+        with pytest.raises(ValueError, match=r"floats in \[0, 1\]"):
+            nerf.fit(NeRF(), two_pictures._replace(color=factor * two_pictures.color), 1)
+
+
 def test_fit_of_empty_pictures(two_pictures):
     """Nothing to see: white pictures on white are fitted without an error."""
     nothing, field = torch.zeros_like(two_pictures.color), small()

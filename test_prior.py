@@ -760,7 +760,41 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(folders, tmp_path, kept):  
     refused(folder, "tokenizer holds no vocabulary")
 
 
+@pytest.mark.parametrize("damage", ["dead link", "empty", "no words"])
+def test_a_tokenizer_that_reads_all_prompts_alike_is_refused(folders, tmp_path, damage):  # noqa: F811
+    """Such as a hub's snapshot that was copied without what its links lead to."""
+    folder = altered(folders["epsilon"], tmp_path)
+    for file in list((folder / "tokenizer").iterdir()):
+        if file.name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            file.unlink()
+            if damage == "dead link":
+                file.symlink_to("nothing")
+            elif damage == "empty":
+                file.touch()
+    if damage == "no words":
+        (folder / "tokenizer/vocab.json").write_text("{}")
+        (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    refused(folder, "do not fit together" if damage == "no words" else "holds no vocabulary")
+
+
+@pytest.mark.parametrize("damage", ["FIFO", "name"])
+def test_a_part_that_is_a_pipe_or_a_name_is_refused(folders, no_network, tmp_path, damage):  # noqa: F811
+    """It neither waits for ever nor asks the hub for the name."""
+    folder = altered(folders["epsilon"], tmp_path, unet={})
+    file = folder / "unet/config.json"
+    if damage == "FIFO":
+        file = folder / "unet/diffusion_pytorch_model.safetensors"
+    file.unlink()
+    if damage == "FIFO":
+        os.mkfifo(file)
+    else:
+        file.write_text('"someone/unet"')
+    refused(folder, "is not a file" if damage == "FIFO" else "holds no JSON object")
+    assert no_network == []
+
+
 @pytest.mark.parametrize("changes, words", [
+    ({"beta_start": 0.0, "beta_end": 0.0}, "does not fall from 1 to 0"),
     ({"beta_schedule": "left out"}, "beta_schedule is missing"),
     ({"beta_start": "left out"}, "beta_start is missing"),
     ({"trained_betas": [0.01] * 9}, "9 trained_betas, but num_train_timesteps is 1000")])
@@ -942,6 +976,8 @@ def first(named, value):
     (lambda named: first(named, torch.ones(())), "TypeError"),
     (lambda named: [named.update({key: value.T.contiguous()}) for key, value in named.items()
                     if "lora.up" in key or "lora_B" in key], "another shape .*in place of"),
+    (lambda named: named.update({next(iter(named)).partition("lora")[0] + "dora_scale":
+                                 torch.ones(2)}), "no plain LoRA"),
     ("brackets", "RecursionError"), ("damaged", "safetensors")])
 def test_a_lora_that_does_not_do_is_refused_by_name(load, tmp_path, change, words):  # noqa: F811
     prior, file = load(), tmp_path / "pytorch_lora_weights.safetensors"

@@ -589,6 +589,13 @@ def test_a_killed_run_goes_on_bit_for_bit(fork, model, tmp_path, monkeypatch, se
     same_run("whole", "killed")
 
 
+def forget_picture(folder):
+    """config.json as it was before the run was finished."""
+    config = config_of(folder)
+    del config["picture"]
+    Path(folder, "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("init", [False, True])
 def test_a_run_without_a_checkpoint_yet_goes_on(cli, init):
     """Stopped after config.json was written, before the first checkpoint."""
@@ -598,6 +605,7 @@ def test_a_run_without_a_checkpoint_yet_goes_on(cli, init):
     shutil.copytree("run", "stopped")
     for name in ("checkpoint.safetensors", "final.png", "progress.png"):
         Path("stopped", name).unlink()
+    forget_picture("stopped")
     assert cli("--resume", "stopped")[0] == 0
     same_run("run", "stopped")
 

@@ -598,7 +598,7 @@ def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, part", [
     (["--model", "nowhere"], "nowhere"), (["--device", "abacus"], "--device abacus"),
     (["--out", "."], "no corrective"), (["--out", "empty"], "no corrective"),
-    (["--out", "/dev/null"], "no corrective"), (["--out", "", "--model", "some/sd"], "needs an"),
+    (["--out", "/dev/null"], "no corrective"), (["--out", ""], "--out cannot be ''"),
     (["--out", None, "--model", "some/sd"], "needs an --out FILE"),
     (["--prompts", "binary"], "not UTF-8"), (["--prompts", "empty"], "holds no prompt")])
 def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, capsys,

@@ -377,6 +377,8 @@ def train_corrective(settings):
     out = Path(settings.out or corrective.OWN)
     if settings.out and out.exists() and not (out.is_file() and corrective.is_bias(out)):
         raise UserError(f"--out {out} is there already and no corrective: name another file")
+    if out.parent.exists() and not out.parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} is a file, not a folder")
     prompts = []
     if settings.prompts:
         prompts = files.read_prompts(files.regular(settings.prompts))

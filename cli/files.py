@@ -266,15 +266,29 @@ def digest(named, *others):
     return found.hexdigest()
 
 
-def fingerprint(prior):
-    """Return a digest of the prior's weights, the same in whatever dtype they were loaded."""
+def fingerprint(prior, phi):
+    """Return a digest of what a run is made with and does not change: weights, schedule, words.
+
+    It is the same in whatever dtype they were loaded.
+    """
+    found = {"alphas": prior.alphas, "sigmas": prior.sigmas, "center": prior.center,
+             "scale": prior.scale}
+    words, scales = {}, []
+    for part, component in prior.pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            found |= {f"{part}.{name}": weight for name, weight in component.named_parameters()}
+        elif hasattr(component, "get_vocab"):
+            words[part] = sorted(component.get_vocab().items())
+    # of φ what it does not learn, such as the weights of --phi-model, and a LoRA's scales
+    found |= {f"phi.{name}": weight for name, weight in phi.named_parameters()
+              if not weight.requires_grad}
+    for module in phi.modules():
+        scales.append(getattr(module, "scaling", None))
     sampled = {}
-    for part, module in prior.pipe.components.items():
-        if isinstance(module, torch.nn.Module):
-            for name, weight in module.named_parameters():
-                every = 1 + weight.numel() // 2 ** 16           # of a large weight, some numbers
-                sampled[f"{part}.{name}"] = weight.detach().flatten()[::every].bfloat16()
-    return digest(sampled)
+    for name, tensor in found.items():
+        every = 1 + tensor.numel() // 2 ** 16                   # of a large one, some numbers
+        sampled[name] = tensor.detach().flatten()[::every].bfloat16()
+    return digest(sampled, prior.prediction_type, words, scales)
 
 
 def snapshot(state, frames):

@@ -315,7 +315,6 @@ class Run:
                                            settings.lora_scale)
         if settings.vae_tiling:
             self.prior.vae.enable_tiling()
-        self.weights = files.fingerprint(self.prior)
         self.method, rng = command.row(settings), torch.Generator().manual_seed(settings.seed)
         try:
             self.state, self.cond = command.build(settings, self.prior, self.method, rng,
@@ -323,6 +322,7 @@ class Run:
         except ValueError as error:
             raise UserError(error) from error
         check_divisible(self.state)
+        self.weights = files.fingerprint(self.prior, self.state.phi)
         if settings.compile:
             self.compile()
         self.prior.release_text_encoders()
@@ -453,6 +453,8 @@ class Run:
     def finish(self):
         """Write the last pictures and φ, and name the picture to look at."""
         self.write_progress()
+        if (self.folder / "phi").is_symlink():            # where it leads something else may lie
+            (self.folder / "phi").unlink()
         self.state.phi.save(self.folder / "phi")
         if self.prior.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.prior.device) / 2 ** 30
@@ -527,9 +529,8 @@ def open_run(command, given, stack):
 def check_kept(folder):
     """UserError where a finished run has lost its checkpoint: it would be made again, over it."""
     picture = json.loads(files.read_text(folder / "config.json")).get("picture")
-    finished = picture is not None and (folder / str(picture)).exists()
-    if finished and not (folder / "checkpoint.safetensors").exists():
-        raise UserError(f"{folder} holds {picture}, but no checkpoint.safetensors to go on from: "
+    if picture is not None and not (folder / "checkpoint.safetensors").exists():
+        raise UserError(f"{folder} was finished, and has no checkpoint.safetensors to go on from: "
                         "choose another --out, as nothing is written over")
 
 

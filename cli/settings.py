@@ -414,7 +414,8 @@ def validated(model, values):
 def first_mistake(error):
     """One line about a ValidationError."""
     mistake = error.errors(include_url=False)[0]
-    message = mistake["msg"][0].lower() + mistake["msg"][1:]
+    message = mistake["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     if not mistake["loc"]:
         return message
     name = flag_name(str(mistake["loc"][0]))
@@ -513,7 +514,7 @@ def check(settings, command):
     if settings.lora is None and settings.lora_scale != 1:
         raise UserError(f"--lora-scale {settings.lora_scale:g} is how much of --lora: give that")
     t_max = settings.t_max
-    if settings.t_late < 1:
+    if settings.t_late < 1 and settings.t_order == "random":
         t_max = min(t_max, settings.t_max_late)
     if settings.t_min > t_max:
         raise UserError(f"--t-min {settings.t_min} is above --t-max {settings.t_max} "

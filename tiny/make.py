@@ -388,7 +388,7 @@ def export(folder, pipe):
 
 def write_folder(folder, write):
     """write(temporary folder), then move its files into `folder`; other files there stay."""
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     write(temporary)
     for path in temporary.rglob("*"):

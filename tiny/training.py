@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 def save_tensors(path, tensors, about=None):
     """A safetensors file, written beside its place and moved there when it is whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)             # of a killed run; a link would lead elsewhere
     try:
         save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, about)
         os.replace(temporary, path)
