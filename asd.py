@@ -334,10 +334,10 @@ class NoisePhi(nn.Module):
 class Method:
     """A row of the table: which φ, and the loop's settings. `dataclasses.replace` varies it.
 
-    The defaults were chosen by looking, on tiny-sd; PAPER has those for other models. Eq. 10 is
-    affine at γ = −1, so φ never settles, and with a large lr for θ colours run away. θ starts as
-    noise, which only small t remove. So small t get more weight than by the usual ω = σ², and
-    t < T/2 in the second half of the steps.
+    The defaults were chosen by looking, on tiny-sd; METHODS has tuned rates, PAPER what other
+    models take. Eq. 10 is affine at γ = −1, so φ never settles, and with a large lr for θ colours
+    run away. θ starts as noise, which only small t remove. So small t get more weight than by the
+    usual ω = σ², and t < T/2 in the second half of the steps.
     """
     phi: Callable = LoRAPhi       # what makes the φ: (prior, prompts, **options) -> φ
     lam: float = 7.5              # λ, guidance of Eq. 7
@@ -392,10 +392,13 @@ T_ORDERS = ("random", "descending")
 TYPES = {int: Integral, float: Real, bool: bool, str: str}                    # of a row's values
 NOT_NEGATIVE = ("steps", "phi_steps", "eta", "lr_end")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-METHODS = {"sds": Method(phi=NoisePhi), "vsd": Method(gamma=0.0), "asd": Method(gamma=-1.0)}
+# rates as tuned for tiny-sd on ten prompts, alike for all three (claims/tuned.json)
+METHODS = {"sds": Method(phi=NoisePhi, lr=0.02, lr_end=0.3),
+           "vsd": Method(gamma=0.0, lr=0.04, lr_end=1.0, phi_lr=3e-3),
+           "asd": Method(gamma=-1.0, lr=0.02, lr_end=0.3, phi_lr=3e-3)}
 # what other models than tiny-sd take, {method: (its source, settings)}; the text names no rates
 PAPER = dict.fromkeys(METHODS, ("§6: ProlificDreamer-2D's, by its README and program", {
-    "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "phi_lr": 1e-4, "steps": 500}))
+    "omega": "sigma2", "t_late": 1.0, "lr": 0.03, "lr_end": 1.0, "phi_lr": 1e-4, "steps": 500}))
 
 
 ELSEWHERE = "; variants.py has csd, nfsd, bridge, lmc, and editing.py dds, flowedit, dvrf"

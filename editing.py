@@ -77,8 +77,8 @@ class Edit(asd.Method):
 
 # plain SGD, as in the DDS notebook: where the two discriminators agree little is left, and Adam
 # would make full steps of it
-SETTING = {"optimizer": "sgd", "lr": 0.03, "steps": 60, "omega": "sigma2", "t_late": 1.0,
-           "t_max_late": 0.98}
+SETTING = {"optimizer": "sgd", "lr": 0.03, "lr_end": 1.0, "phi_lr": 1e-3, "steps": 60,
+           "omega": "sigma2", "t_late": 1.0, "t_max_late": 0.98}
 # FlowEdit and DVRF: t falls from a part of T to 0, a step of θ is a step in t, and ω makes Eq. 11 a
 # difference of velocities. λ and where t begins: ours, of fourteen looked at on six edits (the
 # guide's); a larger λ runs into glaring colours

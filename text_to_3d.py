@@ -264,8 +264,8 @@ def methods():
 
     At a rate that stays, the mug's late steps, of small t, painted a cyan smear on one side.
     """
-    rows = {name: replace(row, lr=0.02, lr_end=0.05, steps=600, omega="sigma2", t_max_late=0.5,
-                          t_late=0.5)
+    rows = {name: replace(row, lr=0.02, lr_end=0.05, phi_lr=1e-3, steps=600, omega="sigma2",
+                          t_max_late=0.5, t_late=0.5)
             for name, row in variants.all_methods().items()}
     return rows | {"asd": replace(rows["asd"], gamma=-0.5)}
 

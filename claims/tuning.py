@@ -83,9 +83,9 @@ def tune_method(method):
             if distance(method, **best, steps=fewer) <= min(nine) + NEAR:
                 steps = fewer
             bar.update()
+        keep(method, {"settings": best | {"steps": steps}})
         lams = {}
         for lam in LAMBDAS:
             lams[lam] = distance(method, **best, steps=steps, lam=lam)
             bar.update()
-    keep(method, {"settings": best | {"steps": steps}, "lam": min(lams, key=lams.get),
-                  "done": True})
+    keep(method, {"lam": min(lams, key=lams.get), "done": True})
