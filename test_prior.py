@@ -1237,9 +1237,9 @@ def test_every_method_makes_a_step_on_every_family(family):
 
 @pytest.mark.parametrize("name, flags, expected", [
     ("asd", [], {"lr": 0.03, "phi_lr": 1e-4, "omega": "sigma2", "steps": 500, "t_late": 1.0,
-                 "gamma": -1.0, "lam": 7.5}),
-    ("asd", ["--settings", "tiny"], {"lr": 0.01, "phi_lr": 1e-3, "omega": "1", "steps": 350}),
-    ("asd", ["--model", "tiny-sd"], {"settings": "tiny", "lr": 0.01}),
+                 "gamma": -1.0, "lam": 7.5, "lr_end": 1.0}),
+    ("asd", ["--settings", "tiny"], {"lr": 0.02, "phi_lr": 3e-3, "omega": "1", "steps": 350}),
+    ("asd", ["--model", "tiny-sd"], {"settings": "tiny", "lr_end": 0.3}),
     ("asd", ["--model", "tiny-sd", "--settings", "paper", "--lr", "0.5"], {
         "lr": 0.5, "phi_lr": 1e-4}),
     ("variants", ["--method", "bridge"], {"lam": 40.0, "lr": 0.01, "steps": 1000}),

@@ -339,7 +339,7 @@ def test_real_pictures_are_what_phi_learns_from(cli, model, made_once):
     for i in range(3):
         rgb = torch.rand(16, 16, 3, generator=rng(i)).mul(255).byte().numpy()
         Image.fromarray(rgb).save(f"real/{i}.png")
-    flags = ["--real", "real", "--t-late", 1]
+    flags = ["--real", "real", "--t-late", 1, "--lr-end", 1]
     assert cli(*flags, "--out", "whole")[0] == cli(*flags, "--steps", 2, "--out", "part")[0] == 0
     images = torch.cat([files.read_image(f"real/{i}.png", (16, 16)) for i in range(3)])
     with torch.no_grad():
@@ -617,10 +617,10 @@ def test_a_finished_run_goes_on_as_it_is(finished):
 
 
 def test_more_steps_are_the_longer_run(cli):
-    """As long as what depends on the number of steps, --t-late, does not differ."""
-    cli("--steps", 2, "--t-late", 1)
+    """As long as what depends on the number of steps, --t-late and --lr-end, does not differ."""
+    cli("--steps", 2, "--t-late", 1, "--lr-end", 1)
     assert cli("--resume", "run", "--steps", 4)[0] == 0
-    assert cli("--steps", 4, "--t-late", 1, "--out", "long")[0] == 0
+    assert cli("--steps", 4, "--t-late", 1, "--lr-end", 1, "--out", "long")[0] == 0
     short, long = checkpoint("run"), checkpoint("long")
     assert all(torch.equal(short[key], long[key]) for key in long if "frame" not in key)
     assert [row["step"] for row in metrics("run")] == [1, 2, 3, 4]

@@ -804,7 +804,7 @@ def test_network_comes_from_the_runs_seed_alone(prior):
 
 
 def test_network_learns_in_every_weight(prior):
-    method = replace(asd.METHODS["sds"], steps=2)
+    method = replace(asd.METHODS["sds"], steps=2, lr_end=1.0)
     state = make_state(prior, method, lambda random: network(prior, random))
     before = copy.deepcopy(dict(state.generator.named_parameters()))
     go(prior, method, state)
