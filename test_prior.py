@@ -1244,6 +1244,8 @@ def test_every_method_makes_a_step_on_every_family(family):
         "lr": 0.5, "phi_lr": 1e-4}),
     ("variants", ["--method", "bridge"], {"lam": 40.0, "lr": 0.01, "steps": 1000}),
     ("variants", ["--method", "csd"], {"lr": 0.01, "steps": 350}),       # nothing is published
+    ("variants", ["--method", "asd", "--generator", "network", "--settings", "tiny"], {
+        "lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-3}),
     ("text_to_3d", [], {"gamma": -0.5, "levels": 16, "table": 19, "steps": 25000, "samples": 512}),
     ("editing", ["--image", "a.png", "--source", "a", "--target", "b"], {
         "lr": 0.0488, "optimizer": "sgd", "steps": 200, "gamma": -1.0, "phi_z": "eq9"})])

@@ -351,6 +351,13 @@ def all_methods():
 ALL_PHIS = asd.PHIS | PHIS
 
 
+def implied(given):
+    """The rates of --generator network, looked at: those tuned for pictures leave it coarser."""
+    if given.get("generator") != "network":
+        return {}
+    return {"lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-3}
+
+
 def check(settings):
     """UserError for what does not fit together, before anything is loaded."""
     pictures = settings.init or settings.pixels or settings.real
@@ -503,7 +510,7 @@ def main(argv=None):
         "variants.py", "Make pictures of prompts by the neighbours of Adversarial Score "
         "Distillation. To train what LMC-SDS needs: train-corrective --help.",
         VariantSettings, METHODS | asd.METHODS, ALL_PHIS, asd.CHOICES, build, asd.distill,
-        default_method=None, check=check, paper=PAPER), words)
+        default_method=None, implied=implied, check=check, paper=PAPER), words)
 
 
 if __name__ == "__main__":
