@@ -155,7 +155,7 @@ def long_table(records):
              "## The tuned settings", ""]
     for method, tuned in pictures.TUNED.items():
         settings = ", ".join(f"{name} {value:g}" for name, value in tuned["settings"].items())
-        found = "not tuned yet, the defaults"
+        found = "not yet tuned to the end"
         if tuned["done"]:
             found = f"the least distance at λ {tuned['lam']:g}"
         lines.append(f"- {method}: {settings}; {found}")
