@@ -449,6 +449,31 @@ def check_inputs(prior, cond, rng):
         raise ValueError(f"rng is a torch.Generator on the CPU, not {rng!r}")
 
 
+def check_real(real, phi):
+    """ValueError for real samples that are none, or that nobody learns from."""
+    if real is None:
+        return
+    if not any(p.requires_grad for p in phi.parameters()):
+        raise ValueError(f"real samples teach φ (Eq. 9), but {type(phi).__name__} has nothing to "
+                         "learn: drop real")
+    if not (torch.is_tensor(real) and len(real)):
+        raise ValueError("real is a tensor of real samples [N, C, H, W], at least one")
+
+
+def check_plain(prior, generator, cond, phi, method, rng, real):
+    """ValueError for what `algorithm_1` cannot use, or would not heed."""
+    check_inputs(prior, cond, rng)
+    if hasattr(generator, "regulariser") or hasattr(generator, "parameter_groups"):
+        raise ValueError("a generator's regulariser and parameter_groups are heeded by distill "
+                         "alone")
+    if hasattr(phi, "prompts") or hasattr(phi, "whole"):
+        raise ValueError(f"{type(phi).__name__} asks the prior for more than ∅ and y, or compares "
+                         "samples: that is heeded by distill alone")
+    if method.lam_phi != 1 or method.fixed_noise or method.t_order != "random" or method.shift:
+        raise ValueError("lam_phi, fixed_noise, t_order and shift are heeded by distill alone")
+    check_real(real, phi)
+
+
 def draw_noise(rng, x0, lowest, highest):
     """t [B] uniform in lowest … highest, and ε like x0, drawn on the CPU from a torch.Generator."""
     t = torch.randint(lowest, highest + 1, (len(x0),), generator=rng, device="cpu")
@@ -504,31 +529,6 @@ def phi_optimizer(parameters, method):
 
 
 # ------------------------------------------------------------------------------------ Algorithm 1
-def check_plain(prior, generator, cond, phi, method, rng, real):
-    """ValueError for what `algorithm_1` cannot use, or would not heed."""
-    check_inputs(prior, cond, rng)
-    if hasattr(generator, "regulariser") or hasattr(generator, "parameter_groups"):
-        raise ValueError("a generator's regulariser and parameter_groups are heeded by distill "
-                         "alone")
-    if hasattr(phi, "prompts") or hasattr(phi, "whole"):
-        raise ValueError(f"{type(phi).__name__} asks the prior for more than ∅ and y, or compares "
-                         "samples: that is heeded by distill alone")
-    if method.lam_phi != 1 or method.fixed_noise or method.t_order != "random" or method.shift:
-        raise ValueError("lam_phi, fixed_noise, t_order and shift are heeded by distill alone")
-    check_real(real, phi)
-
-
-def check_real(real, phi):
-    """ValueError for real samples that are none, or that nobody learns from."""
-    if real is None:
-        return
-    if not any(p.requires_grad for p in phi.parameters()):
-        raise ValueError(f"real samples teach φ (Eq. 9), but {type(phi).__name__} has nothing to "
-                         "learn: drop real")
-    if not (torch.is_tensor(real) and len(real)):
-        raise ValueError("real is a tensor of real samples [N, C, H, W], at least one")
-
-
 @torch.inference_mode(False)     # gradients, also where the caller is in no_grad or inference_mode
 def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=None):
     """The paper's Algorithm 1, straight, for sds, vsd, asd; as printed with share_noise=True.

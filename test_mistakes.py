@@ -626,7 +626,7 @@ def test_a_phi_that_diverges_in_the_last_step_is_not_kept(cli):                 
 
 
 def test_what_lies_where_a_file_is_prepared_is_not_written_to(tmp_path):
-    """A user's x.png.tmp stays; a link under the temporary name leads nowhere."""
+    """A user's x.png.tmp stays; a link under the temporary name is not followed."""
     mine, theirs = tmp_path / "x.png.tmp", tmp_path / "theirs"
     for path in (mine, theirs):
         path.write_text("mine")

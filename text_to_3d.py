@@ -187,7 +187,7 @@ def check_scene(views, samples, resolution, background, overhead, late, **ranges
         raise ValueError(f"overhead {overhead} and late {late} are parts of 1")
     for name, (least, largest) in ranges.items():
         if not -math.inf < least <= largest < math.inf:
-            raise ValueError(f"{name} {least}, {largest}: the least value comes first")
+            raise ValueError(f"{name} {least}, {largest}: two numbers are needed, the least first")
     if not (ranges["distance"][0] > 0 and 0 < ranges["fovy"][0] <= ranges["fovy"][1] < 180):
         raise ValueError(f"distance {ranges['distance']} must be above 0, and fovy "
                          f"{ranges['fovy']} between 0 and 180 degrees")

@@ -352,7 +352,7 @@ ALL_PHIS = asd.PHIS | PHIS
 
 
 def implied(given):
-    """The rates of --generator network, looked at: those tuned for pictures leave it coarser."""
+    """The rates of --generator network, whatever the model: those of pictures leave it coarser."""
     if given.get("generator") != "network":
         return {}
     return {"lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-3}

@@ -126,7 +126,7 @@ def samples(use, number=SAMPLES, seed=100):
 
 # committed, as nearly all claims need them, and they take half an hour
 FILES = ("prior.py", "tiny/*/**/*.safetensors", "tiny/judge.py")
-SAMPLES = {use: Job(f"samples-{use}", samples, {"use": use}, minutes, FILES, COMMITTED)
+SAMPLE_JOBS = {use: Job(f"samples-{use}", samples, {"use": use}, minutes, FILES, COMMITTED)
            for use, minutes in (("test", 30), ("tuning", 8))}
 
 

@@ -15,7 +15,7 @@ from claims.measures import (
     LAMBDAS,
     NEAR,
     PROMPTS,
-    SAMPLES,
+    SAMPLE_JOBS,
     blurred,
     control_differences,
     controls,
@@ -52,7 +52,7 @@ GAMMAS = (-0.75, -0.5, 0.0, 1.0, 10.0)
 LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 1e4)
 BEST = {name: TUNED[name]["lam"] for name in asd.METHODS}          # λ of the least distance
 FEW = TEST[::2]                                   # 50 updates of φ a step are dear
-JOBS = {"samples": SAMPLES["test"],
+JOBS = {"samples": SAMPLE_JOBS["test"],
         "controls": Job("controls", controls, {}, 15),
         "times": Job("times", runs.times, {"prompt": TEST[0]}, 2)}
 for gamma in GAMMAS:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from claims import runs
-from claims.measures import PROMPTS, SAMPLES, decoded, features
+from claims.measures import PROMPTS, SAMPLE_JOBS, decoded, features
 from claims.pictures import SHOWN, SIDE, short
 from claims.work import Claim, Job
 from cli.pictures import sheet
@@ -13,7 +13,7 @@ from prior import Prior
 
 TEST = PROMPTS["test"]
 NUMBER = 32                     # pictures of a prompt
-JOBS = {"samples": SAMPLES["test"]}
+JOBS = {"samples": SAMPLE_JOBS["test"]}
 for method, minutes in ((None, 1), ("sds", 12), ("asd", 45)):
     JOBS[method or "start"] = Job(f"student-{method or 'start'}", runs.student,
                                   {"method": method, "prompts": TEST, "number": NUMBER}, minutes)

@@ -304,7 +304,7 @@ def test_tuning_takes_the_nearest_setting_the_fewest_steps_and_the_nearest_guida
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({"sds": {"tried": {}}, "vsd": "kept"}))
     monkeypatch.setattr(tuning, "FILE", file)
-    monkeypatch.setattr(tuning, "SAMPLES", {"tuning": SimpleNamespace(
+    monkeypatch.setattr(tuning, "SAMPLE_JOBS", {"tuning": SimpleNamespace(
         result=lambda: {"features": None})})
     monkeypatch.setattr(runs, "distilled", pictures)
     monkeypatch.setattr(asd.Prior, "from_pretrained", lambda name: None)

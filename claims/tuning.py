@@ -3,7 +3,8 @@
 Each method gets the same budget on the ten tuning prompts, which no claim uses, by the distance to
 the prior's samples: nine settings of θ's rate, its end and φ's rate, 350 steps; then the fewest
 steps that are within δ of those; then the λ of the least distance. tuned.json has each distance as
-soon as it is known, and the same command goes on. For other weights, delete it first.
+soon as it is known, and the same command goes on. For other weights, empty each
+"tried" first.
 """
 import itertools
 import json
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 import asd
 from claims import runs
-from claims.measures import LAMBDAS, NEAR, PROMPTS, SAMPLES, decoded, energy_distance, features
+from claims.measures import LAMBDAS, NEAR, PROMPTS, SAMPLE_JOBS, decoded, energy_distance, features
 from claims.work import part_of, threads_of
 from cli.files import locked, write_text
 from prior import HERE
@@ -54,7 +55,7 @@ def distance(method, **changes):
     if words not in tried:
         x0 = runs.distilled(method, PROMPTS["tuning"], **changes)["x0"]
         seen = features(decoded(asd.Prior.from_pretrained("tiny-sd"), x0))
-        value = energy_distance(seen, SAMPLES["tuning"].result()["features"]).mean().item()
+        value = energy_distance(seen, SAMPLE_JOBS["tuning"].result()["features"]).mean().item()
         tried[words] = round(value, 4)
         keep(method, {"tried": tried})
     return tried[words]
@@ -64,8 +65,8 @@ def tune(part):
     """Tune this part of the methods ("1/2", …)."""
     with threads_of(part):
         with locked(FILE.parent, wait=True):      # once, whichever process comes first
-            if not SAMPLES["tuning"].file.exists():
-                SAMPLES["tuning"].run()
+            if not SAMPLE_JOBS["tuning"].file.exists():
+                SAMPLE_JOBS["tuning"].run()
         for method in part_of(list(asd.METHODS), part):
             tune_method(method)
 

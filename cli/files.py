@@ -273,7 +273,7 @@ def fingerprint(prior, phi):
     """
     found = {"alphas": prior.alphas, "sigmas": prior.sigmas, "center": prior.center,
              "scale": prior.scale}
-    words, scales = {}, []
+    words = {}
     for part, component in prior.pipe.components.items():
         if isinstance(component, torch.nn.Module):
             found |= {f"{part}.{name}": weight for name, weight in component.named_parameters()}
@@ -282,8 +282,7 @@ def fingerprint(prior, phi):
     # of φ what it does not learn, such as the weights of --phi-model, and a LoRA's scales
     found |= {f"phi.{name}": weight for name, weight in phi.named_parameters()
               if not weight.requires_grad}
-    for module in phi.modules():
-        scales.append(getattr(module, "scaling", None))
+    scales = [getattr(module, "scaling", None) for module in phi.modules()]
     sampled = {}
     for name, tensor in found.items():
         every = 1 + tensor.numel() // 2 ** 16                   # of a large one, some numbers
