@@ -322,6 +322,13 @@ def check(settings):
         raise asd.UserError("give the --image to edit")
     if settings.network and (settings.mask or settings.pixels):
         raise asd.UserError("--network takes neither --mask nor --pixels")
+    if settings.batch and not settings.network:
+        raise asd.UserError("--batch is for --network")
+    if settings.pictures and (settings.image or not settings.network):
+        raise asd.UserError("--pictures is for --network on samples, without --image")
+    if settings.lam_source is not None and settings.phi_z == "none":
+        raise asd.UserError("--lam-source is for the second discriminator, and --phi-z none, as of "
+                            "--method sds, is without one")
     if settings.things is None:
         if settings.network and "{}" in settings.source + settings.target:
             raise asd.UserError("{} in --source and --target stands for the --things: give those")
@@ -388,7 +395,7 @@ def source_latents(settings, prior, folder):
         return kept_sources(path, prior)
     if settings.image is None:
         rng = torch.Generator().manual_seed(settings.seed ^ 1)
-        x_T = torch.randn(settings.pictures, *prior.shape, generator=rng)
+        x_T = torch.randn(settings.pictures or 64, *prior.shape, generator=rng)
         texts = source_prompts(settings)
         texts = [texts[i % len(texts)] for i in range(len(x_T))]
         x0 = torch.cat([ddim_samples(prior, texts[i:i + 16], x_T[i:i + 16])
@@ -428,7 +435,7 @@ def build(settings, prior, method, rng, folder, new):
     phi_z = method.phi(prior, sources, **options)
     if settings.network:
         x0 = source_latents(settings, prior, folder)
-        generator = Translator(prior, x0, y, z, settings.batch, rng, settings.seed)
+        generator = Translator(prior, x0, y, z, settings.batch or 8, rng, settings.seed)
     else:
         image, mask = torch.zeros(1, 3, *prior.image_size), None
         if new:                                  # of a resumed run the checkpoint has the picture

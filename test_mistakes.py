@@ -126,6 +126,13 @@ def test_a_wrong_value_is_one_line(refused, command, flags, part):
     (editing, "--source a --target b", "--image"), (editing, f"{EDIT} --things fox", "--things"),
     (editing, f"{EDIT} --network --pixels", "--pixels"),
     (editing, "--network --source a{} --target b", "stands for the --things: give those"),
+    (asd, "--phi embedding --rank 8", "--rank is for --phi lora"),
+    (asd, "--tokens 4", "--tokens is for --phi embedding"),
+    (variants, "--method nfsd --prompt a --checkpointing", "--checkpointing is for --phi lora"),
+    (editing, f"{EDIT} --batch 8", "--batch is for --network"),
+    (editing, f"{EDIT} --pictures 64", "--pictures is for --network on samples"),
+    (editing, f"{EDIT} --network --pictures 64", "--pictures is for --network on samples"),
+    (editing, f"{EDIT} --phi-z none --lam-source 2", "--lam-source is for the second"),
     (text_to_3d, f"{MUG} --coarsest 100 --finest 50", "--coarsest 100 has more"),
     (text_to_3d, f"{MUG} --elevation 35 5", "least value first")])
 def test_settings_that_do_not_fit_together_are_one_line(refused, command, flags, part):

@@ -1000,6 +1000,9 @@ def test_mistakes_about_a_file_of_prompts(many):
     status, _, err = many()
     assert status == 2 and "sds-a-fox-0 already holds a run" in err
     assert Path("all/sds-a-red-apple-0/final.png").exists()
+    shutil.rmtree("all")
+    one_line(many("--init", "missing.png"), "missing.png")  # of all: it is said once
+    assert not Path("all").exists()
 
 
 # ------------------------------------------------------------------------- help, documentation

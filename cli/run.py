@@ -234,7 +234,8 @@ def speaks():
     return not several or process_number() == 0
 
 
-PATIENCE = timedelta(seconds=60)             # with the other processes, at the start
+# with the other processes, at the start; where it was not torchrun that has set RANK, shorter
+PATIENCE = timedelta(seconds=60 if "TORCHELASTIC_RUN_ID" in os.environ else 20)
 
 
 def join_processes(command):
@@ -558,9 +559,12 @@ def run_prompts(command, given):
             name += f"-{zlib.crc32(prompt.encode()):08x}"
         runs[Path(given.get("out", "outputs")) / name] = flags
     for folder, flags in runs.items():
-        worst = max(worst, guarded(command.name, partial(run_prompt, command, folder, flags)))
-        if worst == 130:
+        status = guarded(command.name, partial(run_prompt, command, folder, flags))
+        worst = max(worst, status)
+        if status == 130:
             return worst
+        if status and not folder.exists():            # none of the other lines would begin
+            break
     for folder in runs:
         if worst and several and folder.is_dir():     # torchrun stops all where one has failed
             with files.locked(folder, wait=True):

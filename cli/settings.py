@@ -199,8 +199,8 @@ class EditSettings(Equation, VariantPhi, Optimiser, Model, Run):
     network: bool = flag("train a network that edits any such picture; without --image it learns "
                          "on the model's own samples of --source", False)
     things: Text | None = flag("--network: what {} in both prompts stands for, with commas", None)
-    batch: Count = flag("--network: pictures per step", 8)
-    pictures: Count = flag("--network: samples to make", 64)
+    batch: Count | None = flag("--network: pictures per step (default 8)", None)
+    pictures: Count | None = flag("--network without --image: samples to make (default 64)", None)
     apply: Name | None = flag("edit --image by the network that was trained in this folder; goes "
                               "with --image, --out and --device alone", None, exclude=True)
 
@@ -450,7 +450,7 @@ def row_defaults(command, given):
 def new_settings(command, given):
     """The settings of a new run. UserError where they are wrong, or do not fit together."""
     settings = validated(command.settings, row_defaults(command, given) | given)
-    check(settings, command)
+    check(settings, command, given)
     return settings
 
 
@@ -501,8 +501,11 @@ def run_name(settings, command):
 
 
 # ------------------------------------------------------------------------------------- the checks
-def check(settings, command):
-    """UserError for what is wrong, as far as it shows before anything is loaded or written."""
+def check(settings, command, given=()):
+    """UserError for what is wrong, as far as it shows before anything is loaded or written.
+
+    given: the names of the flags that were given.
+    """
     for name, allowed in command.choices.items():
         value = getattr(settings, name)
         if value not in allowed:
@@ -519,10 +522,10 @@ def check(settings, command):
     if settings.t_min > t_max:
         raise UserError(f"--t-min {settings.t_min} is above --t-max {settings.t_max} "
                         f"or --t-max-late {settings.t_max_late}")
-    check_phi(settings, command)
+    check_phi(settings, command, given)
 
 
-def check_phi(settings, command):
+def check_phi(settings, command, given):
     """UserError for a φ that is not the method's, and for settings that the φ does not have."""
     method, phi, own = settings.method, settings.phi, command.phi_name(settings.method)
     if phi != own and own != "lora":
@@ -533,11 +536,12 @@ def check_phi(settings, command):
     if phi != "lora" and settings.lam_phi != 1:
         raise UserError("--lam-phi is guidance inside a φ that is given y, or ∅: --phi lora")
     for name, group in groups_of(command.settings).items():
-        optional = group == PHI and command.settings.model_fields[name].default is None
-        if not optional or getattr(settings, name) is None:
+        optional = command.settings.model_fields[name].default is None
+        is_given = name in given or (optional and getattr(settings, name) is not None)
+        if group != PHI or not is_given:
             continue
         owners = [owner for owner, maker in command.phis.items() if name in options_of(maker)]
-        if phi not in owners:
+        if owners and phi not in owners:
             kind = "--method" if owners[0] in command.methods else "--phi"
             raise UserError(f"{flag_name(name)} is for {kind} {' or '.join(owners)}")
 

@@ -3,8 +3,12 @@
 Importing torch takes seconds, in which one may press Ctrl-C, and it may be missing. This file
 needs Python alone.
 """
+import os
 import sys
 from pathlib import Path
+
+# torch's own lines, some with a trace of C++, about what also is an error in Python
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def one_line(kind, error, trace):
