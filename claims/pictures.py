@@ -263,16 +263,19 @@ def draw_law(path, r):
 DISTANCE = "energy distance in tiny-clip's features"
 
 
-def claim(title, says, outcome, unit, delta, values, keys, measures, figure=None, table=None,
-          **more):
+def claim(title, says, outcome, unit, delta, values, keys, measures, figure, table=None, **more):
     jobs = {key: JOBS[key] for key in dict.fromkeys(["samples", "controls", *keys])}
-    return Claim(title, says, jobs, outcome, unit, delta, values, figure or drawn(*keys),
+    return Claim(title, says, jobs, outcome, unit, delta, values, figure,
                  controls_of(*measures), table or numbers(*keys), **more)
 
 
 LAW = [key for key in JOBS if key[0] in ("law", "ladder")]
 SWEEP = [(method, lam) for method in asd.METHODS for lam in LAMBDAS]
 THREE = [("sds", 7.5), ("vsd", 7.5), ("asd", 7.5)]
+SMALL = [("sds", 1.0), ("sds", BEST["sds"])]
+LARGE = [("sds", 7.5), ("sds", 30.0), ("sds", 100.0)]
+MANY_UPDATES = [("few", "vsd"), ("few", "vsd†")]
+SHARED = [("asd", 7.5), "shared"]
 CLAIMS = {
     "law": claim(
         "γ and φ's lag act as guidance λ' = 1 + (1 + γ)(λ − 1)/κ", "ours",
@@ -281,21 +284,22 @@ CLAIMS = {
     "λ, VSD": claim(
         "ASD is less sensitive to λ than VSD", "abstract, §8",
         "log-range of the distance over λ 2 … 30, VSD − ASD", "log", 0.22,
-        lambda r: log_range(r, "vsd") - log_range(r, "asd"), SWEEP[5:], ["distance"]),
+        lambda r: log_range(r, "vsd") - log_range(r, "asd"), SWEEP[5:], ["distance"],
+        drawn(*SWEEP[5:])),
     "λ, SDS": claim(
         "ASD is less sensitive to λ than SDS", "abstract, §8",
         "log-range of the distance over λ 2 … 30, SDS − ASD", "log", 0.22,
-        lambda r: log_range(r, "sds") - log_range(r, "asd"), SWEEP[:5] + SWEEP[10:], ["distance"]),
+        lambda r: log_range(r, "sds") - log_range(r, "asd"), SWEEP[:5] + SWEEP[10:], ["distance"],
+        drawn(*SWEEP[:5], *SWEEP[10:])),
     "1a": claim(
         "SDS over-smooths at a small λ", "Fig. 1a, §1",
         "log acutance, SDS at its best λ − at 1", "log", 0.1,
-        sharper(("sds", BEST["sds"]), ("sds", 1.0)), [("sds", 1.0), ("sds", BEST["sds"])],
-        ["acutance"]),
+        sharper(("sds", BEST["sds"]), ("sds", 1.0)), SMALL, ["acutance"], drawn(*SMALL)),
     "5a": claim(
         "SDS over-saturates at a large λ, as its classifier term does", "Figs. 1a, 5a, §5",
         "over-saturation, SDS at 100 − the prior's samples", "of [0, 1]", 0.01,
         lambda r: of(r, ("sds", 100.0), "over-saturation") - r["samples"]["over-saturation"],
-        [("sds", 7.5), ("sds", 30.0), ("sds", 100.0)], ["over-saturation"]),
+        LARGE, ["over-saturation"], drawn(*LARGE)),
     "1b": claim(
         "VSD drifts, ASD keeps the structure", "Figs. 1b, 7, §6",
         "log of path length over net change, VSD − ASD", "log", 0.1,
@@ -304,9 +308,8 @@ CLAIMS = {
     "4": claim(
         "VSD with 50 updates of φ a step over-smooths", "Fig. 4, §5",
         "log acutance, VSD − VSD†", "log", 0.1,
-        for_few(sharper(("few", "vsd"), ("few", "vsd†"))),
-        [("few", "vsd"), ("few", "vsd†")], ["acutance", "distance"],
-        table=for_few(numbers(("few", "vsd"), ("few", "vsd†")))),
+        for_few(sharper(*MANY_UPDATES)), MANY_UPDATES, ["acutance", "distance"],
+        drawn(*MANY_UPDATES), for_few(numbers(*MANY_UPDATES))),
     "5c": claim(
         "ASD recovers from an over-saturated start thanks to its adversary", "Fig. 5c, §5",
         "distance after, SDS − ASD", DISTANCE, NEAR,
@@ -316,15 +319,15 @@ CLAIMS = {
                    for name in ("start", "sds", "asd")}),
     "6, SDS": claim(
         "quality in 2D: ASD is better than SDS", "Fig. 6a, §6", "distance, SDS − ASD", DISTANCE,
-        NEAR, gap(("sds", 7.5), ("asd", 7.5)), THREE, ["distance"]),
+        NEAR, gap(("sds", 7.5), ("asd", 7.5)), THREE, ["distance"], drawn(*THREE)),
     "6, VSD": claim(
         "quality in 2D: ASD is better than VSD", "Fig. 6a, §6", "distance, VSD − ASD", DISTANCE,
-        NEAR, gap(("vsd", 7.5), ("asd", 7.5)), THREE, ["distance"]),
+        NEAR, gap(("vsd", 7.5), ("asd", 7.5)), THREE, ["distance"], None),
     "§7, speed": claim(
         "shared noise makes a step 30–50 % faster", "§7", "speed-up − 40 %", "of a step", 0.1,
         lambda r: r["times"]["fresh"] / r["times"]["shared"] - 1.4, ["times"], [],
         None, lambda r: {"ms a step": r["times"]}, equality=True),
     "§7": claim(
         "shared noise is a little worse", "§7", "distance, shared − fresh", DISTANCE, NEAR,
-        gap("shared", ("asd", 7.5)), [("asd", 7.5), "shared"], ["distance"]),
+        gap("shared", ("asd", 7.5)), SHARED, ["distance"], drawn(*SHARED)),
 }
