@@ -12,6 +12,7 @@ import torch
 import asd
 from claims import runs
 from claims.measures import (
+    FILES,
     LAMBDAS,
     NEAR,
     PROMPTS,
@@ -22,7 +23,7 @@ from claims.measures import (
     decoded,
     measured,
 )
-from claims.work import Claim, Job
+from claims.work import COMMITTED, Claim, Job
 from cli.pictures import sheet
 from prior import HERE
 
@@ -53,7 +54,7 @@ LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1
 BEST = {name: TUNED[name]["lam"] for name in asd.METHODS}          # λ of the least distance
 FEW = TEST[::2]                                   # 50 updates of φ a step are dear
 JOBS = {"samples": SAMPLE_JOBS["test"],
-        "controls": Job("controls", controls, {}, 15),
+        "controls": Job("controls", controls, {}, 15, FILES, COMMITTED),
         "times": Job("times", runs.times, {"prompt": TEST[0]}, 2)}
 for gamma in GAMMAS:
     for lam in LAMBDAS[:4]:
