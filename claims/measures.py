@@ -195,13 +195,19 @@ MUST_MOVE = {
 
 def control_differences(found, name):
     """What controls() returned -> {control of a measure: [10] differences that must be positive}:
-    of each prompt the mean. Acutance must also mind noise less than half as much as a blur."""
+    of each prompt the mean; of over-saturation, which has a long tail, the logs'. Acutance must
+    also mind noise less than half as much as a blur."""
     def change(kind):
-        difference = found[f"{kind}: {name}"] - found[f"samples: {name}"]
-        return difference.view(len(PROMPTS["control"]), -1).mean(1)
+        spoilt, plain = found[f"{kind}: {name}"], found[f"samples: {name}"]
+        if name == "over-saturation":
+            spoilt, plain = spoilt.log(), plain.log()
+        return (spoilt - plain).view(len(PROMPTS["control"]), -1).mean(1)
     differences = {f"{name}, {kind}": sign * change(kind)
                    for kind, sign in MUST_MOVE[name].items()}
     if name == "acutance":
         differences["acutance, noise beside half a blur"] = (
             change("blur").abs() / 2 - change("noise").abs())
     return differences
+
+
+CONTROLS = Job("controls", controls, {}, 15, FILES, COMMITTED)

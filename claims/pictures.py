@@ -12,18 +12,17 @@ import torch
 import asd
 from claims import runs
 from claims.measures import (
-    FILES,
+    CONTROLS,
     LAMBDAS,
     NEAR,
     PROMPTS,
     SAMPLE_JOBS,
     blurred,
     control_differences,
-    controls,
     decoded,
     measured,
 )
-from claims.work import COMMITTED, Claim, Job
+from claims.work import Claim, Job
 from cli.pictures import sheet
 from prior import HERE
 
@@ -54,7 +53,7 @@ LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1
 BEST = {name: TUNED[name]["lam"] for name in asd.METHODS}          # λ of the least distance
 FEW = TEST[::2]                                   # 50 updates of φ a step are dear
 JOBS = {"samples": SAMPLE_JOBS["test"],
-        "controls": Job("controls", controls, {}, 15, FILES, COMMITTED),
+        "controls": CONTROLS,
         "times": Job("times", runs.times, {"prompt": TEST[0]}, 2)}
 for gamma in GAMMAS:
     for lam in LAMBDAS[:4]:
@@ -298,8 +297,9 @@ CLAIMS = {
         sharper(("sds", BEST["sds"]), ("sds", 1.0)), SMALL, ["acutance"], drawn(*SMALL)),
     "5a": claim(
         "SDS over-saturates at a large λ, as its classifier term does", "Figs. 1a, 5a, §5",
-        "over-saturation, SDS at 100 − the prior's samples", "of [0, 1]", 0.01,
-        lambda r: of(r, ("sds", 100.0), "over-saturation") - r["samples"]["over-saturation"],
+        "log over-saturation, SDS at 100 − the prior's samples", "log", 0.5,
+        lambda r: (of(r, ("sds", 100.0), "over-saturation").clamp(min=1e-6).log()
+                   - r["samples"]["over-saturation"].log()),
         LARGE, ["over-saturation"], drawn(*LARGE)),
     "1b": claim(
         "VSD drifts, ASD keeps the structure", "Figs. 1b, 7, §6",
