@@ -213,9 +213,11 @@ def drawn(*keys):
 
 
 def short(prompt):
-    """The prompt in two lines, for the head of a column."""
-    words = prompt.split()
-    return " ".join(words[:len(words) // 2]) + "\n" + " ".join(words[len(words) // 2:])
+    """The prompt in two lines, about as long as each other, for the head of a column."""
+    words, halves = prompt.split(), []
+    for i in range(1, len(words)):
+        halves.append((" ".join(words[:i]), " ".join(words[i:])))
+    return "\n".join(min(halves, key=lambda pair: max(len(pair[0]), len(pair[1]))))
 
 
 def draw_recovered(path, r):

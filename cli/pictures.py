@@ -70,16 +70,18 @@ def sheet(path, columns, rows, side, left=None, corner="", colors=None):
     under each picture; corner says what the notes are. side, left: pixels of a picture, and of the
     labels. colors: a palette of that many, dithered, which makes a file half the size.
     """
-    top, left, under = side // 4, left or round(1.1 * side), 0
+    lines = max(name.count("\n") + 1 for name in columns)
+    top, left, under = side // 8 * (lines + 1), left or round(1.1 * side), 0
     if len(rows[0]) > 2:
         under = side // 7
     width, height = left + side * len(columns), top + (side + under) * len(rows)
     page = Image.new("RGB", (width, height), "white")
     write = ImageDraw.Draw(page)
-    large, small = (ImageFont.load_default(size=side // n) for n in (9, 13))
+    large, small = (ImageFont.load_default(size=side // n) for n in (10, 11))
     write.multiline_text((left // 2, top // 2), corner, "black", small, anchor="mm", align="center")
     for i, name in enumerate(columns):
-        write.text((left + side * (i + 0.5), top // 2), name, "black", large, anchor="mm")
+        write.multiline_text((left + side * (i + 0.5), top // 2), name, "black", large,
+                             anchor="mm", align="center", spacing=1)
     for j, (label, images, *notes) in enumerate(rows):
         y = top + (side + under) * j
         write.multiline_text((left // 2, y + side // 2), label, "black", small, anchor="mm",
