@@ -36,18 +36,28 @@ def read_json(file):
     """The object {…} in a JSON file. UserError for another, and for a pipe or a folder."""
     if file.exists() and not file.is_file():
         raise UserError(f"{file} is not a file")
-    found = json.loads(file.read_text("utf-8-sig"))
+    try:
+        found = json.loads(file.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{file} is no valid JSON: {one_line(error)}") from error
     if not isinstance(found, dict):                # diffusers takes a text for a name on the hub
         raise UserError(f"{file} holds no JSON object")
     return found
 
 
 def open_tensors(file):
-    """Open a safetensors file. UserError for a pipe or a folder."""
-    from safetensors import safe_open
+    """Open a safetensors file. UserError for a pipe or a folder, and for one that is damaged."""
+    from safetensors import SafetensorError, safe_open
     if Path(file).exists() and not Path(file).is_file():
         raise UserError(f"{file} is not a file")
-    return safe_open(file, "pt")
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        with open(file, "rb") as opened:       # a clone that was made without git-lfs has such
+            if opened.read(30).startswith(b"version https://git-lfs"):
+                raise UserError(f"{file} is a pointer of git-lfs, not the weights themselves: git "
+                                "lfs pull brings those") from error
+        raise UserError(f"{file} is damaged: {one_line(error)}") from error
 
 
 def one_line(text, length=150):
@@ -105,6 +115,10 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None and path.is_symlink() and not path.is_file():
         raise UserError(f"{path} is a link that leads to no file or folder")
+    # a clone without it: the hub has no model of that name
+    if folder is None and path_or_name == "tiny-sd":
+        raise UserError(f"tiny-sd, the embedded model, is not there: {places[0]} is a part of the "
+                        "clone")
     # in this order: a folder, a file, and only then a name on the hub, the only case that needs the
     # network
     try:
@@ -136,7 +150,7 @@ def pipeline_class(diffusers, folder, kinds):
     The class is looked up in diffusers by a name of our own list: a folder cannot name code to run.
     """
     index = read_json(folder / "model_index.json")
-    name = index["_class_name"]
+    name = index.get("_class_name")
     if name not in kinds:
         raise UserError(f"{folder} is a {name}: only text-to-image pipelines do ("
                         f"{', '.join(kinds)}); no inpainting, upscaling or refiner model")
@@ -173,7 +187,7 @@ VOCABULARIES = {"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"
 
 
 def check_tokenizers(folder, index):
-    """UserError where a tokenizer has no vocabulary.
+    """UserError where a tokenizer has no vocabulary, or a damaged one.
 
     transformers would make an empty one without a word, to which every prompt is the same.
     """
@@ -186,6 +200,9 @@ def check_tokenizers(folder, index):
         if not any(form <= names for form in VOCABULARIES):
             raise UserError(f"{folder / name} holds no vocabulary (vocab.json and merges.txt, or "
                             "tokenizer.json)")
+        # the libraries' errors name no file
+        for file in names & {"tokenizer.json", "vocab.json"}:
+            read_json(folder / name / file)
 
 
 def check_betas(folder, index):
@@ -282,7 +299,8 @@ def check_numbers(file, weights):
     if not file.exists():
         return
     tensors, size = count_tensors(weights), sum(path.stat().st_size for path in weights)
-    # every number in the JSON, however deep, with the name it stands under
+    # every number in the JSON, however deep, with the name it stands under; a text where a number
+    # belongs would fail only where it is used
     pending = [("", read_json(file))]
     while pending:
         name, value = pending.pop()
@@ -290,6 +308,8 @@ def check_numbers(file, weights):
             pending += value.items()
         elif isinstance(value, list):
             pending += [(name, item) for item in value]
+        elif isinstance(value, str) and name in ("scaling_factor", "shift_factor"):
+            raise UserError(f"{file} has a text for {name}: {value!r}")
         elif isinstance(value, (int, float)):
             limit = math.inf
             if re.search("layers|blocks", name):

@@ -242,6 +242,8 @@ class NeRF(nn.Module):
 
     def forward(self, x, directions=None):
         """x [N, 3], unit directions [N, 3] where view is on -> (σ [N], RGB [N, 3])."""
+        if self.view and directions is None:
+            raise ValueError("the colour of this NeRF depends on the view: give directions")
         sigma, h = self.geometry(x)
         h = torch.cat([h, directions], 1) if self.view else h
         return sigma, torch.sigmoid(self.outer(h))
@@ -746,6 +748,8 @@ def posed_of(pixels, directions, matrices, place_type):
     import numpy as np
     rgba = torch.from_numpy(np.stack(pixels)).float() / 255
     c2w = torch.stack(matrices)
+    if len(c2w) > 1 and (c2w == c2w[0]).all():
+        raise ValueError("all frames have the same transform_matrix")
     _, directions = cast(c2w.float(), torch.stack(directions))
     # in single precision a place like a map's, 5000 km from its origin, is half a metre off
     origins = c2w[:, None, None, :3, 3].to(place_type).expand_as(directions)
@@ -861,6 +865,8 @@ def fit(nerf, posed, steps=600, batch=1024, samples=64, lr=2e-2, background=None
     background: RGB [3] the pictures are put on, or None for a random one per ray, by which white
     differs from nothing. callback(step, loss). FloatingPointError where the loss is not finite.
     """
+    if min(steps, batch, samples) < 1:
+        raise ValueError(f"steps {steps}, batch {batch} and samples {samples} must be at least 1")
     rng = rng or torch.Generator().manual_seed(0)
     device, spacing = nerf.table.device, 2 * nerf.box / samples
     if not (posed.color.is_floating_point() and 0 <= posed.color.min()
@@ -965,11 +971,13 @@ def read_scene(settings, box):
     """
     from tiny import solids
     if settings.scene and Path(settings.scene).is_dir():
+        if settings.pictures:
+            raise ValueError("--pictures is for a built-in solid: of a folder all are taken")
         return into_box(*posed_folder(settings.scene, settings.size, torch.float64), box)
-    check_memory(settings.pictures + 8, settings.size, settings.size)
+    number = settings.pictures or 40
+    check_memory(number + 8, settings.size, settings.size)
     if solid := solids.find_solid(settings.scene):
-        return (*builtin_scene(*solid, settings.pictures, size=settings.size,
-                               seed=settings.seed), None)
+        return *builtin_scene(*solid, number, size=settings.size, seed=settings.seed), None
     raise ValueError(f"{settings.scene!r} is neither a folder nor a solid, such as "
                      f'"red mug": {", ".join(solids.COLORS)}; {", ".join(solids.KINDS)}')
 
@@ -1004,6 +1012,7 @@ def fit_in(folder, settings, nerf, learnt, held_out):
     from tqdm import trange
 
     from cli.pictures import write_rows
+    from cli.run import say
     white = None if settings.background == "random" else (1.0, 1.0, 1.0)
     began = time.perf_counter()
     with trange(settings.steps, desc="fit") as bar:
@@ -1018,10 +1027,12 @@ def fit_in(folder, settings, nerf, learnt, held_out):
     seen = look(nerf, held_out, settings.samples).rgb.cpu()
     if not seen.isfinite().all():
         raise FloatingPointError("the fitted scene is not finite: try a smaller --lr")
-    print(f"PSNR on {len(truth)} held-out views: {psnr(seen, truth):.2f} dB; {seconds:.0f} s")
+    say("nerf.py", "makes the views, the turntable and the mesh")
     write_rows(folder / "truth.png", [truth[:8], seen[:8]])            # above, below
-    print("makes the views, the turntable and the mesh", flush=True)
-    print(write_all(folder, nerf, settings.threshold))
+    picture = write_all(folder, nerf, settings.threshold)
+    # at the end: whoever reads stdout may be gone, and the fit must not go with him
+    print(f"PSNR on {len(truth)} held-out views: {psnr(seen, truth):.2f} dB; {seconds:.0f} s")
+    print(picture)
 
 
 def main(argv=None):

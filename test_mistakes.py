@@ -103,6 +103,8 @@ EDIT, MUG = "--source a --target b --image a.png", "--prompt mug"
     (text_to_3d, f"{MUG} {MUG}", "--prompt is given twice"), (asd, "--lam 1 --lam 2", "twice"),
     (text_to_3d, f"{MUG} --fovy 40 50 --fovy 40 50", "--fovy is given twice"),
     (asd, "--pixels --no-pixels", "--no-pixels is given twice"),
+    (asd, "--prompts b", "unrecognized arguments: --prompts b"),
+    (asd, "--init -b", "expected one argument; a text that begins with - is given as --flag=-text"),
     (asd, "--init=", "--init cannot be ''"), (asd, "--real=", "--real cannot be ''"),
     (asd, "--out=", "--out cannot be ''"), (asd, "--phi-init=", "--phi-init cannot be ''"),
     (claims, "nothing", "nothing"), (claims, "1a --part 3/2", "--part"),
@@ -127,6 +129,10 @@ def test_a_wrong_value_is_one_line(refused, command, flags, part):
     (editing, f"{EDIT} --network --pixels", "--pixels"),
     (editing, "--network --source a{} --target b", "stands for the --things: give those"),
     (asd, "--phi embedding --rank 8", "--rank is for --phi lora"),
+    (asd, "--rank 8 --phi-init b.safetensors", "--rank and --phi-init"),
+    (asd, "--t-late 1 --t-max-late .3", "--t-max-late is for --t-late below 1"),
+    (editing, f"{EDIT} --method flowedit --t-max-late .3", "--t-max-late is for --t-late below 1"),
+    (asd, "--eta .3", "--eta is of Eq. 9"), (editing, f"{EDIT} --eta .3", "--eta is of Eq. 9"),
     (asd, "--tokens 4", "--tokens is for --phi embedding"),
     (variants, "--method nfsd --prompt a --checkpointing", "--checkpointing is for --phi lora"),
     (editing, f"{EDIT} --batch 8", "--batch is for --network"),
@@ -155,6 +161,21 @@ def test_real_pictures_need_a_phi_that_learns(refused, model):                 #
     Image.new("RGB", (16, 16), "teal").save("a.png")
     refused(asd, "--prompt", "a", "--method", "sds", "--real", "a.png", "--model", model,
             "--device", "cpu", part="--real is for one --prompt, and a φ that learns")
+
+
+@pytest.mark.parametrize("flags", ["--gamma -.5", "--phi-lr 2e-4", "--phi-steps 2",
+                                   "--share-noise"])
+@pytest.mark.parametrize("command, method", [(asd, "sds"), (variants, "csd")])
+def test_what_a_phi_that_learns_nothing_does_not_heed_is_one_line(
+        refused, model, command, method, flags):                               # noqa: F811
+    refused(command, "--prompt", "a", "--method", method, *flags.split(), "--model", model,
+            "--device", "cpu", part=f"{flags.split()[0]} is of a φ that learns, and that of "
+                                    f"--method {method} does not: drop it")
+
+
+def test_pictures_of_a_folder_are_all_taken(refused):
+    Path("scene").mkdir()
+    refused(nerf, "scene", "--pictures", "5", part="--pictures is for a built-in solid")
 
 
 def test_an_empty_model_is_one_line(refused):
@@ -250,7 +271,7 @@ def test_a_run_of_another_command_is_not_resumed(finished, refused, command, fol
 
 def test_an_earlier_run_is_never_overwritten(finished):                         # noqa: F811
     before = contents("run")
-    one_line(finished("--seed", 1), "run already holds a run", "--resume")
+    one_line(finished("--seed", 1), "run is not empty", "--resume")
     assert contents("run") == before
 
 

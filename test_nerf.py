@@ -7,9 +7,11 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -856,6 +858,16 @@ def coarse(monkeypatch):
     monkeypatch.setattr(nerf, "write_all", small_ones)
 
 
+def test_numbers_that_no_fit_can_have():
+    posed = nerf.solid_pictures("ball", "red", nerf.orbit(1), size=4)
+    field = nerf.NeRF(levels=2, size=64, view=True)
+    for name in ("steps", "batch", "samples"):
+        with pytest.raises(ValueError, match=f"{name} 0"):
+            nerf.fit(field, posed, **{name: 0})
+    with pytest.raises(ValueError, match="give directions"):
+        field(torch.zeros(2, 3))
+
+
 def test_fit_command(tmp_path, monkeypatch, capsys, coarse):
     monkeypatch.chdir(tmp_path)
     assert nerf.main(["blue ball", "--pictures", "2", "--size", "8", "--steps", "8",
@@ -866,6 +878,18 @@ def test_fit_command(tmp_path, monkeypatch, capsys, coarse):
                                                "turntable.gif", "mesh.glb", "viewer.html"}
     assert "PSNR on 8 held-out views" in capsys.readouterr().out
     assert Image.open(out / "turntable.gif").n_frames == 3
+
+
+def test_a_fit_is_written_before_its_numbers(tmp_path, monkeypatch, coarse):
+    """Nobody may be reading them any more: `nerf.py … | true`."""
+    monkeypatch.chdir(tmp_path)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert nerf.main(["blue ball", "--pictures", "2", "--size", "8", "--steps", "2", "--batch",
+                          "64", "--samples", "16", "--device", "cpu", "--out", "o"]) == 141
+    assert Path("o/nerf.safetensors").exists() and Path("o/viewer.html").exists()
 
 
 # ------------------------------------------------------------------------------ mesh and viewer

@@ -793,6 +793,27 @@ def test_a_part_that_is_a_pipe_or_a_name_is_refused(folders, no_network, tmp_pat
     assert no_network == []
 
 
+@pytest.mark.parametrize("name, text, words", [
+    ("unet/config.json", "{,", "unet/config.json is no valid JSON"),
+    ("tokenizer/tokenizer.json", '{"model": {', "tokenizer/tokenizer.json is no valid JSON"),
+    ("model_index.json", '{"unet": []}', "is a None: only text-to-image pipelines"),
+    ("vae/config.json", '{"scaling_factor": "0.5"}', "a text for scaling_factor: '0.5'"),
+    ("unet/diffusion_pytorch_model.safetensors", "version https://git-lfs.github.com/spec/v1",
+     "unet/diffusion_pytorch_model.safetensors is a pointer of git-lfs"),
+    ("unet/diffusion_pytorch_model.fp16.safetensors", "cut", "fp16.safetensors is damaged")])
+def test_a_damaged_file_of_a_model_is_named(folders, tmp_path, name, text, words):  # noqa: F811
+    folder = altered(folders["epsilon"], tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).write_text(text)
+    refused(folder, words)
+
+
+def test_a_clone_without_the_embedded_model(no_network, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("prior.HERE", tmp_path)
+    refused("tiny-sd", "the embedded model, is not there: .*tiny/sd is a part of the clone")
+    assert no_network == []
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"beta_start": 0.0, "beta_end": 0.0}, "does not fall from 1 to 0"),
     ({"beta_schedule": "left out"}, "beta_schedule is missing"),

@@ -401,21 +401,24 @@ def test_settings_reach_the_loop(cli, monkeypatch):
     monkeypatch.setattr(LoRAPhi, "__init__", remembered)
     monkeypatch.setattr(asd, "distill", lambda *args, **kwargs: seen.update(args=args, **kwargs))
     flags = {"lam": 3.5, "gamma": -0.5, "omega": "sigma2", "t_min": 0.1, "t_max": 0.9,
-             "t_max_late": 0.4, "t_late": 0.7, "t_order": "descending", "lr": 0.2, "lr_end": 0.1,
+             "t_late": 0.7, "t_order": "descending", "lr": 0.2, "lr_end": 0.1,
              "optimizer": "sgd", "phi_lr": 0.3, "lam_phi": 2.0, "phi_steps": 2, "steps": 11,
              "eta": 0.3}
     given = ["--method", "vsd"]
     for name, value in flags.items():
         given += [settings.flag_name(name), value]
-    status, _, _ = cli(*given, "--share-noise", "--fixed-noise", "--rank", 3, "--tokens", 2,
+    Image.new("RGB", (16, 16), "teal").save("real.png")
+    status, _, _ = cli(*given, "--share-noise", "--fixed-noise", "--rank", 3, "--real", "real.png",
                        "--micro-batch", 1, "--checkpointing", "--seed", 8, "--pixels")
     assert status == 0 and seen["micro_batch"] == 1 and isinstance(seen["args"][1], asd.Pixels)
     method, row = seen["args"][3], asd.Method()
     assert method == asd.Method(**flags, phi=LoRAPhi, share_noise=True, fixed_noise=True)
     changed = {name for name in vars(row) if vars(row)[name] != vars(method)[name]}
-    assert changed >= set(settings.Equation.model_fields) - {"method"}
+    assert changed >= set(settings.Equation.model_fields) - {"method", "t_max_late"}
     assert seen["prompts"] == ["a red apple"]
     assert seen["options"] == {"rank": 3, "checkpointing": True, "seed": 8}
+    assert cli("--t-late", 0.7, "--t-max-late", 0.4, "--out", "other")[0] == 0
+    assert seen["args"][3].t_max_late == 0.4
 
 
 def test_threads_are_a_setting_that_may_change(finished, monkeypatch):
@@ -888,6 +891,16 @@ def test_variables_of_another_launch_are_one_line(cli, monkeypatch, changes, par
     assert time.monotonic() - began < 20 and not Path("run").exists()
 
 
+def test_a_port_in_use_is_one_line(cli, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in (LAUNCH | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        one_line(cli(), f"MASTER_PORT {port} is in use: unset RANK")
+
+
 @pytest.mark.parametrize("changes", [{"RANK": ""}, {"MASTER_ADDR": ""}, {"WORLD_SIZE": "1"}])
 def test_one_process_needs_no_others(cli, monkeypatch, changes):
     """An empty RANK is none; a world of one process is no world."""
@@ -998,7 +1011,7 @@ def test_mistakes_about_a_file_of_prompts(many):
     Path("all/sds-a-fox-0").mkdir(parents=True)
     Path("all/sds-a-fox-0/mine").touch()
     status, _, err = many()
-    assert status == 2 and "sds-a-fox-0 already holds a run" in err
+    assert status == 2 and "sds-a-fox-0 is not empty" in err
     assert Path("all/sds-a-red-apple-0/final.png").exists()
     shutil.rmtree("all")
     one_line(many("--init", "missing.png"), "missing.png")  # of all: it is said once

@@ -125,7 +125,8 @@ def test_scene_ranges_of_one_value_and_others():
 @pytest.mark.parametrize("changes", [
     {"views": 0}, {"samples": 0}, {"resolution": (0, 64)}, {"background": "black"},
     {"overhead": 1.5}, {"late": -0.1}, {"elevation": (35.0, 5.0)}, {"azimuth": (math.nan, 1.0)},
-    {"distance": (0.0, 3.0)}, {"fovy": (40.0, 180.0)}], ids=str)
+    {"distance": (0.0, 3.0)}, {"fovy": (40.0, 180.0)}, {"fovy": 40.0}, {"resolution": 32}],
+    ids=str)
 def test_scene_refuses_impossible_numbers(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         make_scene(**changes)

@@ -526,6 +526,11 @@ def test_lmc_files_that_do_not_fit_are_one_line(prior, tmp_path):
     save_bias(Bias(3), path)
     with pytest.raises(ValueError, match="is no corrective.*size mismatch for unet.conv_in"):
         corrective.load_bias(prior, path)
+    with pytest.raises(ValueError, match="is a folder"):
+        corrective.load_bias(prior, tmp_path)
+    save_bias(Bias(4), path, model="tiny-sd", unet="0")         # a relative of the model may do
+    with pytest.warns(UserWarning, match="was trained for tiny-sd, not for this epsilon"):
+        corrective.load_bias(prior, path)
 
 
 def test_lmc_default_file_is_of_one_model(prior, tmp_path, monkeypatch):

@@ -178,6 +178,9 @@ def check_scene(views, samples, resolution, background, overhead, late, **ranges
     ranges: {name: (least, largest)} of elevation, azimuth, distance and fovy. The command has
     bounds of its own (cli/settings.py), which are closer.
     """
+    for name, pair in (ranges | {"resolution": resolution}).items():
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+            raise ValueError(f"{name} is two numbers, not {pair!r}")
     if min(views, samples, *resolution) < 1:
         raise ValueError(f"views {views}, samples {samples} and resolution {resolution} must be at "
                          "least 1")
@@ -319,13 +322,18 @@ def preview(folder, state):
 
 
 def finish(folder, settings, prior, state):
-    """Write all that write_all writes, and print the numbers."""
+    """Write all that write_all writes, and then say the numbers.
+
+    They go to stderr: where nobody reads stdout, a print would end the run.
+    """
     run.say("text_to_3d.py", "makes the views, the turntable and the mesh")
+    picture = write_all(folder, state.generator.nerf, settings.threshold)
     values = measure(settings, prior, state, None)
     names = {"clip": "tiny-clip {:.3f}", "iou": "silhouette IoU {:.3f}", "psnr": "PSNR {:.2f} dB"}
     if values:
-        print(", ".join(names[key].format(values[key]) for key in values), "over 8 views")
-    return write_all(folder, state.generator.nerf, settings.threshold)
+        words = ", ".join(names[key].format(values[key]) for key in values)
+        run.say("text_to_3d.py", f"{words} over 8 views")
+    return picture
 
 
 def main(argv=None):

@@ -187,8 +187,9 @@ def new_folder(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if any(folder.iterdir()):
-            raise FolderTaken(f"{folder} already holds a run (--resume it), or is not empty: "
-                              "choose another --out, as nothing is written over")
+            run = (folder / "checkpoint.safetensors").exists()
+            raise FolderTaken(f"{folder} is not empty: choose another --out, as nothing is written "
+                              "over" + ("; the run there goes on with --resume" if run else ""))
         write_text(folder / "config.json", json.dumps(config))
         try:
             yield folder

@@ -33,7 +33,9 @@ from safetensors import SafetensorError
 
 from cli import files, pictures
 from cli.settings import (
+    flag_name,
     new_settings,
+    options_of,
     parse_flags,
     plain_type,
     resumed_settings,
@@ -264,6 +266,8 @@ def join_processes(command):
         store.set(f"joined {rank}", "")
         store.wait([f"joined {other}" for other in range(size)], PATIENCE)
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise wrong_launch(f"MASTER_PORT {os.environ['MASTER_PORT']} is in use") from error
         raise UserError(f"the other processes of WORLD_SIZE {size} have not come within "
                     f"{PATIENCE.seconds} s: unset RANK to run one process") from error
     dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=rank,
@@ -323,6 +327,7 @@ class Run:
         except ValueError as error:
             raise UserError(error) from error
         check_divisible(self.state)
+        self.check_heeded()
         self.weights = files.fingerprint(self.prior, self.state.phi)
         if settings.compile:
             self.compile()
@@ -333,6 +338,17 @@ class Run:
         if self.state.step > self.method.steps:
             raise UserError(f"{self.folder} has {self.state.step} steps already: --steps "
                             f"{self.method.steps} is less")
+
+    def check_heeded(self):
+        """UserError for settings of a φ that learns, where it does not."""
+        if self.state.opt_phi is not None:
+            return
+        usual = row_defaults(self.command, self.settings.model_dump())
+        names = {"gamma", "phi_lr", "phi_steps", "share_noise"}
+        for name in sorted(names - set(options_of(self.method.phi))):      # --phi exact takes γ
+            if getattr(self.settings, name) != usual[name]:
+                raise UserError(f"{flag_name(name)} is of a φ that learns, and that of --method "
+                                f"{self.settings.method} does not: drop it")
 
     def compile(self):
         """Compile the prior's network and each φ's view of it, once each."""

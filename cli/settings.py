@@ -247,7 +247,7 @@ class FitSettings(Settings):
     """nerf.py: a NeRF of posed pictures."""
     scene: Text = flag('a folder with transforms.json, or a solid such as "red mug"', "",
                        json_schema_extra={"positional": True})
-    pictures: Count = flag("of a built-in solid", 40)
+    pictures: Count | None = flag("of a built-in solid (default 40)", None)
     size: int = flag("pixels", 64, ge=8, le=10 ** 9)
     steps: Count = flag("of Adam", 600)
     batch: Rays = flag("rays per step", 1024)
@@ -307,7 +307,8 @@ class Parser(argparse.ArgumentParser):
     """A mistake is a UserError; −1e-2 is a number, no flag; words are valid text."""
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+        # a part of a name is no name: --prompts would be --prompts-file
+        super().__init__(**kwargs, allow_abbrev=False)
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
     def parse_args(self, args=None, namespace=None):
@@ -317,6 +318,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message):
+        if "expected one argument" in message:
+            message += "; a text that begins with - is given as --flag=-text"
         raise UserError(f"{message} (--help lists the options)")
 
 
@@ -519,6 +522,12 @@ def check(settings, command, given=()):
     t_max = settings.t_max
     if settings.t_late < 1 and settings.t_order == "random":
         t_max = min(t_max, settings.t_max_late)
+    if "t_max_late" in given and (settings.t_late == 1 or settings.t_order != "random"):
+        raise UserError("--t-max-late is for --t-late below 1, where t is drawn at random")
+    if "eta" in given and not getattr(settings, "real", None):
+        raise UserError("--eta is of Eq. 9, for which asd.py takes --real pictures")
+    if "rank" in given and settings.phi_init:
+        raise UserError("--rank and --phi-init: the file's LoRA has its own rank; drop one of them")
     if settings.t_min > t_max:
         raise UserError(f"--t-min {settings.t_min} is above --t-max {settings.t_max} "
                         f"or --t-max-late {settings.t_max_late}")

@@ -9,6 +9,7 @@ comes from there, too. The network, its data and its training are ours; correcti
 tiny/sd's.
 """
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -79,6 +80,8 @@ def load_bias(prior, path=None):
     mend = f"python variants.py train-corrective --model {prior.name} makes it"
     if not own or name != "tiny-sd":
         mend = mend.replace("makes it", "--out FILE makes one for --corrective FILE")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: {mend}")
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -93,9 +96,11 @@ def load_bias(prior, path=None):
         first, *more = str(error).strip().split("\n")       # torch's first line names no tensor
         reason = (more or [first])[0].strip()[:100]
         raise ValueError(f"{path} is no corrective for {prior.name} ({reason}): {mend}") from error
-    if own and about.get("unet") != fingerprint(*prior.network.parameters()):
+    if about.get("unet") != fingerprint(*prior.network.parameters()):
         other = "another" if about.get("model") == name else about.get("model")
-        raise ValueError(f"{path} was trained for {other}, not for this {name}: {mend}")
+        if own:
+            raise ValueError(f"{path} was trained for {other}, not for this {name}: {mend}")
+        warnings.warn(f"{path} was trained for {other}, not for this {name}", stacklevel=2)
     return network
 
 
