@@ -239,7 +239,7 @@ def test_text_to_3d_command(cli):
     """Everything a run leaves behind; an empty field costs the mesh, not the run."""
     flags = ["--prompt", "a red ball", "--sparsity", 1, "--opaque", 1]
     status, out, err = cli(*flags, "--steps", 2, "--threshold", 5)
-    assert status == 0 and "silhouette IoU" in out and out.endswith("run/viewer.html\n"), err
+    assert status == 0 and "silhouette IoU" in err and out == "run/viewer.html\n", err
     assert contents("run").keys() == {
         "config.json", "metrics.jsonl", "checkpoint.safetensors", "progress.png",
         "phi/pytorch_lora_weights.safetensors", "phi/camera.safetensors", "nerf.safetensors",

@@ -100,7 +100,8 @@ def load_bias(prior, path=None):
         other = "another" if about.get("model") == name else about.get("model")
         if own:
             raise ValueError(f"{path} was trained for {other}, not for this {name}: {mend}")
-        warnings.warn(f"{path} was trained for {other}, not for this {name}", stacklevel=2)
+        if "unet" in about:
+            warnings.warn(f"{path} was trained for {other}, not for this {name}", stacklevel=2)
     return network
 
 
