@@ -461,8 +461,9 @@ def check_real(real, phi):
 
 
 def check_plain(prior, generator, cond, phi, method, rng, real):
-    """ValueError for what `algorithm_1` cannot use, or would not heed."""
+    """-> the row of the method. ValueError for what `algorithm_1` cannot use, or would not heed."""
     check_inputs(prior, cond, rng)
+    method = find_method(method)
     if hasattr(generator, "regulariser") or hasattr(generator, "parameter_groups"):
         raise ValueError("a generator's regulariser and parameter_groups are heeded by distill "
                          "alone")
@@ -472,6 +473,7 @@ def check_plain(prior, generator, cond, phi, method, rng, real):
     if method.lam_phi != 1 or method.fixed_noise or method.t_order != "random" or method.shift:
         raise ValueError("lam_phi, fixed_noise, t_order and shift are heeded by distill alone")
     check_real(real, phi)
+    return method
 
 
 def draw_noise(rng, x0, lowest, highest):
@@ -534,14 +536,14 @@ def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=No
     """The paper's Algorithm 1, straight, for sds, vsd, asd; as printed with share_noise=True.
 
     prior: a DiffusionModel. generator() -> x0 [B, C, H, W], θ are its parameters. cond [1 or B, L,
-    C]: y. phi(x_t, t, cond, ε) -> ε_φ. method: a Method. rng: a torch.Generator on the CPU. real:
-    x0 [N, C, H, W] of real samples, for Eq. 9. callback(step, loss_D), after each step.
+    C]: y. phi(x_t, t, cond, ε) -> ε_φ. method: a Method, or its name. rng: a torch.Generator on the
+    CPU. real: x0 [N, C, H, W], for Eq. 9. callback(step, loss_D), after each step.
 
     `distill` does the same, in every bit where the composition of a batch makes none. Only there:
     the second discriminator of Eq. 11, cameras, generators with rates or regularisers of their
     own, micro-batches, processes, and the rows' lam_phi, fixed_noise, t_order and shift.
     """
-    check_plain(prior, generator, cond, phi, method, rng, real)
+    method = check_plain(prior, generator, cond, phi, method, rng, real)
     theta_opt = theta_optimizer(generator.parameters(), method)
     phi_opt = phi_optimizer(phi.parameters(), method)
     null = prior.encode_text([""])
@@ -641,8 +643,8 @@ class State:
     """All that a run consists of: θ, φ, both optimisers, the generator of randomness, the step.
 
     second: a Discriminator that is subtracted (Eq. 11); its φ shares φ's optimiser. real: x0 [N,
-    C, H, W] of real samples. method: the row whose φ and optimisers these are. rng is on the CPU: a
-    seed draws the same noise on every device.
+    C, H, W] of real samples. method: the row whose φ and optimisers these are, or its name. rng is
+    on the CPU: a seed draws the same noise on every device.
     """
 
     def __init__(self, generator, phi, method, rng, second=None, real=None):
@@ -651,6 +653,7 @@ class State:
             if not isinstance(module, nn.Module):
                 raise ValueError(f"{name} is an nn.Module, not {module!r}")
         check_real(real, phi)
+        method = find_method(method)
         self.second, self.real, self.method = second, real, method
         self.eps = None               # that of the first step, where the method keeps it fixed
         theta = generator.parameters()
@@ -1061,6 +1064,8 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     Raises ValueError for what does not fit together, FloatingPointError if something is not finite.
     """
     method = find_method(method)
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed is a whole number, not {seed!r}")
     rng = torch.Generator().manual_seed(seed) if state is None else state.rng
     check_inputs(prior, cond, rng)
     if state is None:

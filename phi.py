@@ -122,7 +122,12 @@ class LoRAPhi(nn.Module):
             self.network.enable_gradient_checkpointing()
 
     def adapt(self, rank, targets, rng):
-        """Put adapters beside the layers whose names end in `targets`, drawn from rng."""
+        """Put adapters beside the layers whose names end in `targets`, drawn from rng.
+
+        ValueError where the prior has no such layers, and for a rank of 0 or 2.5.
+        """
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank is a whole number, at least 1, not {rank!r}")
         # A ~ N(0, 1/r²) and B = 0, as in diffusers' LoRA layers and in ProlificDreamer
         targets = as_list(targets)
         ends = tuple(f".{target}" for target in targets)
@@ -260,8 +265,8 @@ class EmbeddingPhi(nn.Module):
     words: for each text encoder, [tokens, its width] float32, parameters of their own, spliced into
     the token sequence: the text encoders' tables are never leaves. They start at the word
     embeddings of the first prompt (cut, or filled up with the last one). checkpointing: less
-    memory, more time. ValueError for too many tokens, where there is no prompt, and for priors with
-    other text encoders than CLIP's.
+    memory, more time. ValueError for too many tokens or a part of one, where there is no prompt,
+    and for priors with other text encoders than CLIP's.
     """
 
     def __init__(self, prior, prompts, tokens=4, checkpointing=False):
@@ -277,8 +282,8 @@ class EmbeddingPhi(nn.Module):
             tokenizer = copy.deepcopy(tokenizer)     # it keeps its padding, for all threads alike
             table = encoder.get_input_embeddings().weight
             limit = tokenizer.model_max_length
-            if not 1 <= tokens <= limit - 2:
-                raise ValueError(f"tokens must lie in 1 … {limit - 2}, not {tokens}")
+            if not (isinstance(tokens, int) and 1 <= tokens <= limit - 2):
+                raise ValueError(f"tokens is a whole number in 1 … {limit - 2}, not {tokens!r}")
             with quiet():
                 words = tokenizer(as_list(prompts)[0]).input_ids[1:-1]
             words = words or tokenizer("").input_ids[-1:]

@@ -232,13 +232,15 @@ def check_images(images):
                          f"{kind_of(images)}")
 
 
-def check_start(images, particles):
+def check_start(images, particles, rng):
     """ValueError for pictures that are none in [0, 1], such as 0 … 255, and for no particles.
 
     A little beyond is no mistake: a resized picture overshoots.
     """
-    if particles < 1:
-        raise ValueError(f"there must be at least 1 particle, not {particles}")
+    if not isinstance(particles, int) or particles < 1:
+        raise ValueError(f"particles is a whole number, at least 1, not {particles!r}")
+    if rng is not None and not isinstance(rng, torch.Generator):
+        raise ValueError(f"rng is a torch.Generator on the CPU, not {rng!r}")
     if images is None:
         return
     check_images(images)
@@ -605,7 +607,7 @@ class Latents(nn.Module):
 
     def __init__(self, prior, particles=1, rng=None, images=None):
         super().__init__()
-        check_start(images, particles)
+        check_start(images, particles, rng)
         self.prior = prior
         if images is None:
             start = torch.randn(particles, *prior.shape, generator=rng, device="cpu")
@@ -634,7 +636,7 @@ class Pixels(nn.Module):
 
     def __init__(self, prior, particles=1, rng=None, images=None):
         super().__init__()
-        check_start(images, particles)
+        check_start(images, particles, rng)
         self.prior = prior
         if images is None:
             noise = torch.randn(particles, 3, *prior.image_size, generator=rng, device="cpu")

@@ -23,6 +23,7 @@ from torch import nn
 import asd
 import editing
 import variants
+from phi import EmbeddingPhi, LoRAPhi
 from prior import ddim_samples
 from tiny import solids
 
@@ -192,6 +193,7 @@ class OtherPhi(asd.NoisePhi):
     ({"phi": OtherPhi(lambda x_t: None)}, "φ predicts a NoneType at x_t"),
     ({"micro_batch": 1.5}, "micro_batch must be at least 1, not 1.5"),
     ({"micro_batch": "1"}, "micro_batch must be at least 1, not '1'"),
+    ({"seed": 1.5}, "seed is a whole number, not 1.5"), ({"seed": None}, "seed is a whole number"),
     ({"second": asd.Discriminator(asd.NoisePhi(), torch.zeros(2, 32, 128))},
      "2 source prompts for 1 samples"),
     ({"second": asd.Discriminator(asd.NoisePhi(), torch.zeros(1, 32, 128), at="source")},
@@ -277,11 +279,43 @@ def test_what_are_no_images(tiny, images, words):
 @pytest.mark.parametrize("images, particles, words", [
     (255 * IMAGE, 1, "images lie in [0, 1], these in 127.5 … 127.5"),
     (-IMAGE, 1, "these in -0.5 … -0.5"), (IMAGE * math.nan, 1, "these in nan … nan"),
-    (IMAGE[:0], 1, "images are none at all"), (IMAGE, 0, "at least 1 particle, not 0"),
-    (None, 0, "at least 1 particle, not 0"), (None, -1, "at least 1 particle, not -1")])
+    (IMAGE[:0], 1, "images are none at all"), (IMAGE, 0, "at least 1, not 0"),
+    (None, 0, "at least 1, not 0"), (None, -1, "at least 1, not -1"),
+    (None, 2.0, "particles is a whole number, at least 1, not 2.0")])
 def test_a_start_that_is_none(tiny, kind, images, particles, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         kind(tiny, particles, None, images)
+    with pytest.raises(ValueError, match="rng is a torch.Generator on the CPU, not 7"):
+        kind(tiny, 1, 7)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda tiny: LoRAPhi(tiny, rank=2.5), "rank is a whole number, at least 1, not 2.5"),
+    (lambda tiny: LoRAPhi(tiny, rank=0), "rank is a whole number, at least 1, not 0"),
+    (lambda tiny: EmbeddingPhi(tiny, "a fox", tokens=2.5), "tokens is a whole number in 1 … 30"),
+    (lambda tiny: EmbeddingPhi(tiny, "a fox", tokens=76), "tokens is a whole number in 1 … 30")])
+def test_a_phi_of_impossible_sizes(tiny, make, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make(tiny)
+
+
+def test_a_state_and_algorithm_1_take_a_name(tiny):
+    """As distill does: "sds" is METHODS["sds"]; the first step of both ends alike."""
+    cond, ends = tiny.encode_text("a fox"), []
+
+    def stop(step, loss_D):
+        ends.append(latents.theta.detach().clone())
+        raise StopIteration
+    for method in ("sds", asd.METHODS["sds"]):
+        latents = asd.Latents(tiny, 1, torch.Generator().manual_seed(0))
+        with pytest.raises(StopIteration):
+            asd.algorithm_1(tiny, latents, cond, asd.NoisePhi(), method,
+                            torch.Generator().manual_seed(1), callback=stop)
+    assert torch.equal(*ends)
+    state = asd.State(latents, asd.NoisePhi(), "sds", torch.Generator())
+    assert state.method is asd.METHODS["sds"]
+    with pytest.raises(ValueError, match="unknown method 'x'"):
+        asd.State(latents, asd.NoisePhi(), "x", torch.Generator())
 
 
 @pytest.mark.parametrize("mask, words", [
