@@ -15,8 +15,8 @@ HERE = Path(__file__).resolve().parent
 # from the top floor down: a file imports, even lazily, only from floors below its own
 FLOORS = """
 claims.__main__
-claims.tuning claims.solids claims.edits claims.student
-claims.pictures claims.exact
+claims.law claims.tuning claims.solids claims.edits claims.student
+claims.pictures claims.exact claims.looks
 claims.measures claims.runs
 claims.work
 editing text_to_3d

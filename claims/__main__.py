@@ -15,14 +15,14 @@ import json
 import sys
 from pathlib import Path
 
-from claims import edits, exact, pictures, solids, student, tuning
+from claims import edits, exact, law, pictures, solids, student, tuning
 from claims.work import RULE, interval, make
 from cli.files import read_text, write_text
 from cli.run import guarded
 from cli.settings import Parser
 from prior import HERE, UserError
 
-CLAIMS = pictures.CLAIMS | solids.CLAIMS | edits.CLAIMS | student.CLAIMS | exact.CLAIMS
+CLAIMS = law.CLAIMS | pictures.CLAIMS | solids.CLAIMS | edits.CLAIMS | student.CLAIMS | exact.CLAIMS
 FOLDER = HERE / "figures"
 MARKS = "<!-- the claims: written by python -m claims -->", "<!-- the end of the claims -->"
 # verdicts of this project's first rule: several tests a claim, five prompts, other measures

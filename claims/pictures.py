@@ -1,12 +1,10 @@
-"""pictures.py — the claims about 2D distillation, and the law of a φ that lags: Figs. 1, 4–7.
+"""pictures.py — the claims about 2D distillation: Figs. 1, 4–7.
 
 The rates and steps of a method are those of tuned.json, chosen by tuning.py on prompts of their
 own. In what follows r is what the jobs returned, by key.
 """
 import json
-import math
 
-import numpy as np
 import torch
 
 import asd
@@ -34,12 +32,9 @@ SHOWN = range(0, len(TEST), 5)                    # the prompts of a figure
 
 
 # --------------------------------------------------------------------------------------- the jobs
-def job(method, minutes=None, settings=None, **changes):
-    """The Job of a tuned row with `changes`, named by what is special about it.
-
-    settings: of which method's tuning, by default its own.
-    """
-    row = TUNED[settings or method]["settings"] | changes
+def job(method, minutes=None, **changes):
+    """The Job of a tuned row with `changes`, named by what is special about it."""
+    row = TUNED[method]["settings"] | changes
     if minutes is None:
         minutes = row["steps"] * (0.013 if method == "sds" else 0.045)
     special = [f"{key}{value:g}" for key, value in changes.items() if isinstance(value, float)]
@@ -47,19 +42,11 @@ def job(method, minutes=None, settings=None, **changes):
     return Job(name, runs.distilled, {"method": method, "prompts": TEST} | row, minutes)
 
 
-GAMMAS = (-0.75, -0.5, 0.0, 1.0, 10.0)
-# λ' of SDS, for the law: VSD's settings, as SDS is VSD with an exact φ where there is one particle
-LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 1e4)
 BEST = {name: TUNED[name]["lam"] for name in asd.METHODS}          # λ of the least distance
 FEW = TEST[::2]                                   # 50 updates of φ a step are dear
 JOBS = {"samples": SAMPLE_JOBS["test"],
         "controls": CONTROLS,
         "times": Job("times", runs.times, {"prompt": TEST[0]}, 2)}
-for gamma in GAMMAS:
-    for lam in LAMBDAS[:4]:
-        JOBS["law", gamma, lam] = job("vsd", gamma=gamma, lam=lam)
-for lam in LADDER:
-    JOBS["ladder", lam] = job("sds", settings="vsd", lam=lam)
 for lam in (1.0, *LAMBDAS, 100.0):
     JOBS["sds", lam] = job("sds", lam=lam)
 for lam in LAMBDAS:
@@ -100,49 +87,6 @@ def log_range(r, method):
     """How much the distance changes over LAMBDAS: log of the largest over the least [N]."""
     distances = torch.stack([of(r, (method, lam), "distance") for lam in LAMBDAS])
     return (distances.amax(0) / distances.amin(0)).log()
-
-
-def curve(r, key):
-    """Log grain and log distance of a run's pictures [N, 2]."""
-    found = measured(r[key]["x0"], r["samples"])
-    return torch.stack([found["grain"], found["distance"]], 1).clamp(min=1e-6).log()
-
-
-def nearest_guidance(points, ladder):
-    """Log guidance of the SDS that looks most like each run: points [N, 2], ladder [N, 14, 2].
-
-    Nearest in log grain and log distance, each over its spread along the ladder, on straight lines
-    between the ladder's guidances.
-    """
-    spread = ladder.std(1).mean(0).numpy()
-    guidance = np.linspace(math.log(LADDER[0]), math.log(LADDER[-1]), 500)
-    found = []
-    for point, rungs in zip(points.numpy(), ladder.numpy()):
-        grain = np.interp(guidance, np.log(LADDER), rungs[:, 0])
-        distance = np.interp(guidance, np.log(LADDER), rungs[:, 1])
-        off = ((np.stack([grain, distance], 1) - point) / spread) ** 2
-        found.append(guidance[off.sum(1).argmin()])
-    return torch.tensor(found)
-
-
-def law_points(r):
-    """(log λ' predicted from the κ of each run, log guidance of the nearest SDS), [N, 20] each."""
-    ladder = torch.stack([curve(r, ("ladder", lam)) for lam in LADDER], 1)
-    predicted, nearest = [], []
-    for gamma in GAMMAS:
-        for lam in LAMBDAS[:4]:
-            run = "law", gamma, lam
-            kappas = r[run]["kappa"].double().clamp(min=1e-3).tolist()
-            guidances = [asd.effective_guidance(lam, gamma, kappa) for kappa in kappas]
-            predicted.append(torch.tensor(guidances, dtype=torch.float64).log())
-            nearest.append(nearest_guidance(curve(r, run), ladder))
-    return torch.stack(predicted, 1), torch.stack(nearest, 1)
-
-
-def law_slopes(r):
-    """Of each prompt the slope of measured against predicted log guidance, − 1."""
-    predicted, nearest = law_points(r)
-    return [np.polyfit(x, y, 1)[0] - 1 for x, y in zip(predicted.numpy(), nearest.numpy())]
 
 
 def wandering(r, method):
@@ -192,8 +136,7 @@ def label(key):
     if isinstance(key, str):
         return {"shared": "ASD, shared noise"}.get(key, key.upper())
     kind, *settings = key
-    words = {"law": ["φ with γ, λ"], "ladder": ["SDS"], "few": [], "path": []}
-    parts = words.get(kind, [kind.upper()])
+    parts = [] if kind in ("few", "path") else [kind.upper()]
     for value in settings:
         parts = [*parts, f"{value:g}" if isinstance(value, float) else value.upper()]
     return " ".join(parts)
@@ -236,31 +179,6 @@ def draw_paths(path, r):
     sheet(path, [f"{part:.0%} of the steps" for part in LATE[::2]], rows, SIDE, colors=256)
 
 
-def draw_law(path, r):
-    """Measured against predicted guidance: a point for each γ and λ, its prompts' mean and 95 %."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    predicted, nearest = law_points(r)
-    figure, axes = plt.subplots(figsize=(6.4, 5.2), dpi=130)
-    for i, gamma in enumerate(GAMMAS):
-        part = slice(4 * i, 4 * i + 4)
-        x, y = predicted[:, part], nearest[:, part]
-        error = 1.96 * y.std(0) / len(y) ** 0.5
-        axes.errorbar(x.mean(0), y.mean(0), error, marker="o", capsize=3, label=f"γ = {gamma:g}")
-    ends = [0, predicted.max().item() + 0.3]
-    axes.plot(ends, ends, color="grey", linestyle="--", label="the law")
-    ticks = [1, 2, 5, 10, 30, 100, 300, 1000]
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(np.log(ticks), [str(tick) for tick in ticks])
-    axes.set_xlabel("guidance predicted: λ' = 1 + (1 + γ)(λ − 1)/κ, κ logged in the run")
-    axes.set_ylabel("guidance measured: of the SDS that looks most alike")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
 # -------------------------------------------------------------------------------------- the claims
 DISTANCE = "energy distance in tiny-clip's features"
 
@@ -271,7 +189,6 @@ def claim(title, says, outcome, unit, delta, values, keys, measures, figure, tab
                  controls_of(*measures), table or numbers(*keys), **more)
 
 
-LAW = [key for key in JOBS if key[0] in ("law", "ladder")]
 SWEEP = [(method, lam) for method in asd.METHODS for lam in LAMBDAS]
 THREE = [("sds", 7.5), ("vsd", 7.5), ("asd", 7.5)]
 SMALL = [("sds", 1.0), ("sds", BEST["sds"])]
@@ -279,10 +196,6 @@ LARGE = [("sds", 7.5), ("sds", 30.0), ("sds", 100.0)]
 MANY_UPDATES = [("few", "vsd"), ("few", "vsd†")]
 SHARED = [("asd", 7.5), "shared"]
 CLAIMS = {
-    "law": claim(
-        "γ and φ's lag act as guidance λ' = 1 + (1 + γ)(λ − 1)/κ", "ours",
-        "log–log slope of measured against predicted guidance − 1", "", 0.1, law_slopes, LAW,
-        ["grain", "distance"], draw_law, lambda r: {}, ours=True, equality=True),
     "λ, VSD": claim(
         "ASD is less sensitive to λ than VSD", "abstract, §8",
         "log-range of the distance over λ 2 … 30, VSD − ASD", "log", 0.22,

@@ -13,7 +13,7 @@ from scipy.stats import ttest_1samp
 import asd
 import claims.__main__ as command
 import editing
-from claims import edits, measures, pictures, runs, solids, student, tuning, work
+from claims import edits, law, looks, measures, pictures, runs, solids, student, tuning, work
 from phi import LoRAPhi
 from prior import HERE
 
@@ -228,24 +228,36 @@ def test_a_student_begins_as_the_priors_one_step(prior, monkeypatch):
 
 
 # ------------------------------------------------------------------------ signs, on made-up results
-def test_the_law_finds_the_guidance_it_is_given(monkeypatch):
+def test_the_law_finds_the_guidance_it_is_given():
     """Runs that look exactly like SDS at λ' of their κ have slope 1; at λ'², slope 2."""
-    monkeypatch.setattr(pictures, "measured", lambda x0, _: x0)
-
-    def looks(guidance):
+    def looks_of(guidance):
         return {"grain": guidance ** 0.4, "distance": 0.05 * guidance ** 0.3}
-    r = {"samples": None}
-    for lam in pictures.LADDER:
-        r["ladder", lam] = {"x0": looks(torch.full((3,), lam).double())}
+    r = {}
+    for lam in law.LADDER:
+        r["ladder", lam] = looks_of(torch.full((3,), lam).double())
     for power in (1, 2):
-        for gamma in pictures.GAMMAS:
-            for lam in pictures.LAMBDAS[:4]:
+        for gamma in law.GAMMAS:
+            for lam in law.LAMS:
                 kappa = torch.tensor([0.4, 0.5, 0.6])
                 guidance = 1 + (1 + gamma) * (lam - 1) / kappa.double()
-                r["law", gamma, lam] = {"x0": looks(guidance ** power), "kappa": kappa}
+                r["law", gamma, lam] = looks_of(guidance ** power) | {"kappa": kappa}
         expected = pytest.approx([power - 1.0] * 3, abs=0.02)
-        assert power == 2 or pictures.law_slopes(r) == expected
-    assert min(pictures.law_slopes(r)) > 0.3                   # the ladder ends at 10⁴
+        assert power == 2 or law.slopes(r) == expected
+    assert min(law.slopes(r)) > 0.3                            # the ladder ends at 10⁴
+    assert law.numbers(r)["γ 0, λ 4"]["κ"].tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+
+@tiny
+def test_of_a_run_for_the_law_three_numbers_are_kept(prior, monkeypatch):
+    monkeypatch.setattr(asd.Prior, "from_pretrained", lambda *_: prior)
+    reference = {name: x[:2] for name, x in measures.SAMPLE_JOBS["test"].result().items()}
+    monkeypatch.setitem(measures.PROMPTS, "test", ["a fox", "an owl"])
+    monkeypatch.setattr(work.Job, "result", lambda job: reference)
+    found = looks.looks("vsd", steps=2, gamma=0.0)
+    x0 = runs.distilled("vsd", ["a fox", "an owl"], steps=2, gamma=0.0)["x0"]
+    assert {name: x.shape for name, x in found.items()} == dict.fromkeys(
+        ("grain", "distance", "kappa"), (2,))
+    assert torch.equal(found["distance"], measures.measured(x0, reference)["distance"])
 
 
 @tiny

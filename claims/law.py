@@ -1,0 +1,124 @@
+"""law.py — the law of a φ that lags: γ and κ act as guidance λ' = 1 + (1 + γ)(λ − 1)/κ.
+
+Predicted: λ' from the κ that each run has logged. Measured: the λ of the SDS whose picture of the
+same prompt has the same grain and distance; for a lone particle SDS is VSD with an exact φ, κ = 1.
+Of each run three numbers a prompt are kept, in claims/law/, as all of them take five hours. In what
+follows r is what the jobs returned, by key.
+"""
+import math
+
+import numpy as np
+import torch
+
+import asd
+from claims.looks import looks
+from claims.measures import CONTROLS, LAMBDAS
+from claims.pictures import TUNED, controls_of
+from claims.work import COMMITTED, SOURCES, Claim, Job
+
+GAMMAS, LAMS = (-0.75, -0.5, 0.0, 1.0, 10.0), LAMBDAS[:4]
+LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 1e4)   # λ'
+
+
+# --------------------------------------------------------------------------------------- the jobs
+def job(method, **changes):
+    """The Job of a run with VSD's tuned settings and `changes`."""
+    row = TUNED["vsd"]["settings"] | changes
+    name = "-".join([method, *(f"{key}{value:g}" for key, value in changes.items())])
+    minutes = row["steps"] * (0.013 if method == "sds" else 0.04)
+    return Job(name, looks, {"method": method} | row, minutes,
+               (*SOURCES, "claims/runs.py", "claims/measures.py"), COMMITTED / "law")
+
+
+JOBS = {"controls": CONTROLS}
+for gamma in GAMMAS:
+    for lam in LAMS:
+        JOBS["law", gamma, lam] = job("vsd", gamma=gamma, lam=lam)
+for lam in LADDER:
+    JOBS["ladder", lam] = job("sds", lam=lam)
+
+
+# ------------------------------------------------------------------------------------ the outcome
+def curve(r, key):
+    """Log grain and log distance of a run's pictures [N, 2]."""
+    found = torch.stack([r[key]["grain"], r[key]["distance"]], 1)
+    return found.clamp(min=1e-6).log()
+
+
+def nearest_guidance(points, ladder):
+    """Log guidance of the SDS that looks most like each run: points [N, 2], ladder [N, 14, 2].
+
+    Nearest in log grain and log distance, each over its spread along the ladder, on straight lines
+    between the ladder's guidances.
+    """
+    spread = ladder.std(1).mean(0).numpy()
+    guidance = np.linspace(math.log(LADDER[0]), math.log(LADDER[-1]), 500)
+    found = []
+    for point, rungs in zip(points.numpy(), ladder.numpy()):
+        grain = np.interp(guidance, np.log(LADDER), rungs[:, 0])
+        distance = np.interp(guidance, np.log(LADDER), rungs[:, 1])
+        off = ((np.stack([grain, distance], 1) - point) / spread) ** 2
+        found.append(guidance[off.sum(1).argmin()])
+    return torch.tensor(found)
+
+
+def points(r):
+    """(log λ' predicted from the κ of each run, log guidance of the nearest SDS), [N, 20] each."""
+    ladder = torch.stack([curve(r, ("ladder", lam)) for lam in LADDER], 1)
+    predicted, nearest = [], []
+    for gamma in GAMMAS:
+        for lam in LAMS:
+            run = "law", gamma, lam
+            kappas = r[run]["kappa"].double().clamp(min=1e-3).tolist()
+            guidances = [asd.effective_guidance(lam, gamma, kappa) for kappa in kappas]
+            predicted.append(torch.tensor(guidances, dtype=torch.float64).log())
+            nearest.append(nearest_guidance(curve(r, run), ladder))
+    return torch.stack(predicted, 1), torch.stack(nearest, 1)
+
+
+def slopes(r):
+    """Of each prompt the slope of measured against predicted log guidance, − 1."""
+    predicted, nearest = points(r)
+    return [np.polyfit(x, y, 1)[0] - 1 for x, y in zip(predicted.numpy(), nearest.numpy())]
+
+
+def numbers(r):
+    """κ of each γ and λ, and both guidances."""
+    predicted, nearest = points(r)
+    rows, keys = {}, [(gamma, lam) for gamma in GAMMAS for lam in LAMS]
+    for i, (gamma, lam) in enumerate(keys):
+        rows[f"γ {gamma:g}, λ {lam:g}"] = {
+            "κ": r["law", gamma, lam]["kappa"], "log λ' predicted": predicted[:, i],
+            "log λ' measured": nearest[:, i]}
+    return rows
+
+
+def draw(path, r):
+    """Measured against predicted guidance: a point for each γ and λ, its prompts' mean and 95 %."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    predicted, nearest = points(r)
+    figure, axes = plt.subplots(figsize=(6.4, 5.2), dpi=130)
+    for i, gamma in enumerate(GAMMAS):
+        part = slice(4 * i, 4 * i + 4)
+        x, y = predicted[:, part], nearest[:, part]
+        error = 1.96 * y.std(0) / len(y) ** 0.5
+        axes.errorbar(x.mean(0), y.mean(0), error, marker="o", capsize=3, label=f"γ = {gamma:g}")
+    ends = [0, predicted.max().item() + 0.3]
+    axes.plot(ends, ends, color="grey", linestyle="--", label="the law")
+    ticks = [1, 2, 5, 10, 30, 100, 300, 1000]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(np.log(ticks), [str(tick) for tick in ticks])
+    axes.set_xlabel("guidance predicted: λ' = 1 + (1 + γ)(λ − 1)/κ, κ logged in the run")
+    axes.set_ylabel("guidance measured: of the SDS that looks most alike")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+CLAIMS = {"law": Claim(
+    "γ and φ's lag act as guidance λ' = 1 + (1 + γ)(λ − 1)/κ", "ours", JOBS,
+    "log–log slope of measured against predicted guidance − 1", "", 0.1, slopes, draw,
+    controls_of("grain", "distance"), numbers, ours=True, equality=True)}
