@@ -162,7 +162,8 @@ def long_table(records):
     for name, record in records.items():
         file = file_name(name)
         lines += ["", f'<a id="{file.lower()}"></a>', "", f"## {name}: {record['claim']}", "",
-                  f"{record['paper']}. {outcome(record)}: {verdict_of(record)}.",
+                  f"{record['paper']}. {outcome(record)}: {verdict_of(record)}. "
+                  f"{CLAIMS[name].remark}".rstrip(),
                   *table({"controls": record["controls"]}), *table(record["numbers"])]
         if CLAIMS[name].figure:
             lines += ["", f"![{name}]({file}.png)"]

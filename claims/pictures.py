@@ -205,7 +205,9 @@ CLAIMS = {
         "ASD is less sensitive to λ than SDS", "abstract, §8",
         "log-range of the distance over λ 2 … 30, SDS − ASD", "log", 0.22,
         lambda r: log_range(r, "sds") - log_range(r, "asd"), SWEEP[:5] + SWEEP[10:], ["distance"],
-        drawn(*SWEEP[:5], *SWEEP[10:])),
+        drawn(*SWEEP[:5], *SWEEP[10:]),
+        remark="The two are alike at λ 30, to the eye, too: SDS's range is larger as its best is "
+               "nearer to the samples than ASD's best."),
     "1a": claim(
         "SDS over-smooths at a small λ", "Fig. 1a, §1",
         "log acutance, SDS at its best λ − at 1", "log", 0.1,
@@ -235,7 +237,8 @@ CLAIMS = {
                    for name in ("start", "sds", "asd")}),
     "6, SDS": claim(
         "quality in 2D: ASD is better than SDS", "Fig. 6a, §6", "distance, SDS − ASD", DISTANCE,
-        NEAR, gap(("sds", 7.5), ("asd", 7.5)), THREE, ["distance"], drawn(*THREE)),
+        NEAR, gap(("sds", 7.5), ("asd", 7.5)), THREE, ["distance"], drawn(*THREE),
+        remark="ASD's are a little grainier, as of SDS at a larger λ."),
     "6, VSD": claim(
         "quality in 2D: ASD is better than VSD", "Fig. 6a, §6", "distance, VSD − ASD", DISTANCE,
         NEAR, gap(("vsd", 7.5), ("asd", 7.5)), THREE, ["distance"], None),

@@ -126,7 +126,8 @@ class Claim:
 
     controls(…) -> {what must be positive if the measure sees what the claim is about: numbers}.
     numbers(…) -> more of the table, {row: {column: numbers}}. figure(path, …) draws. ours: the
-    paper does not say it. equality: the claim is that the outcome is 0, within δ.
+    paper does not say it. equality: the claim is that the outcome is 0, within δ. remark: what one
+    should know of its numbers and pictures, written after looking at them.
     """
     title: str
     says: str
@@ -140,6 +141,7 @@ class Claim:
     numbers: Callable = field(default=lambda results: {})
     ours: bool = False
     equality: bool = False
+    remark: str = ""
 
     def record(self, results):
         """Return what claims.json has about the claim; results: what its jobs returned."""
