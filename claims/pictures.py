@@ -234,7 +234,8 @@ CLAIMS = {
         lambda r: recovered_distance(r, "sds") - recovered_distance(r, "asd"), ["recovered"],
         ["distance"], draw_recovered,
         lambda r: {name: measured(r["recovered"][name], r["samples"])
-                   for name in ("start", "sds", "asd")}),
+                   for name in ("start", "sds", "asd")},
+        remark="Both recover, SDS a little better: no adversary is needed."),
     "6, SDS": claim(
         "quality in 2D: ASD is better than SDS", "Fig. 6a, §6", "distance, SDS − ASD", DISTANCE,
         NEAR, gap(("sds", 7.5), ("asd", 7.5)), THREE, ["distance"], drawn(*THREE),
