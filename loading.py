@@ -150,7 +150,7 @@ def pipeline_class(diffusers, folder, kinds):
     The class is looked up in diffusers by a name of our own list: a folder cannot name code to run.
     """
     index = read_json(folder / "model_index.json")
-    name = index.get("_class_name")
+    name = index.get("_class_name", "folder without a _class_name")
     if name not in kinds:
         raise UserError(f"{folder} is a {name}: only text-to-image pipelines do ("
                         f"{', '.join(kinds)}); no inpainting, upscaling or refiner model")

@@ -1008,7 +1008,7 @@ def run(settings):
 
 
 def fit_in(folder, settings, nerf, learnt, held_out):
-    """Fit, print the PSNR on held-out views; write truth.png, and all that write_all writes."""
+    """Fit; write truth.png and all that write_all writes; print the PSNR on held-out views."""
     from tqdm import trange
 
     from cli.pictures import write_rows
@@ -1030,7 +1030,7 @@ def fit_in(folder, settings, nerf, learnt, held_out):
     say("nerf.py", "makes the views, the turntable and the mesh")
     write_rows(folder / "truth.png", [truth[:8], seen[:8]])            # above, below
     picture = write_all(folder, nerf, settings.threshold)
-    # at the end: whoever reads stdout may be gone, and the fit must not go with him
+    # printed last: where stdout is closed this ends the program, and all is written by then
     print(f"PSNR on {len(truth)} held-out views: {psnr(seen, truth):.2f} dB; {seconds:.0f} s")
     print(picture)
 

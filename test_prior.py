@@ -796,7 +796,7 @@ def test_a_part_that_is_a_pipe_or_a_name_is_refused(folders, no_network, tmp_pat
 @pytest.mark.parametrize("name, text, words", [
     ("unet/config.json", "{,", "unet/config.json is no valid JSON"),
     ("tokenizer/tokenizer.json", '{"model": {', "tokenizer/tokenizer.json is no valid JSON"),
-    ("model_index.json", '{"unet": []}', "is a None: only text-to-image pipelines"),
+    ("model_index.json", '{"unet": []}', "is a folder without a _class_name: only text-to-image"),
     ("vae/config.json", '{"scaling_factor": "0.5"}', "a text for scaling_factor: '0.5'"),
     ("unet/diffusion_pytorch_model.safetensors", "version https://git-lfs.github.com/spec/v1",
      "unet/diffusion_pytorch_model.safetensors is a pointer of git-lfs"),

@@ -45,8 +45,8 @@ def curve(r, key):
     return found.clamp(min=1e-6).log()
 
 
-def nearest_guidance(points, ladder):
-    """Log guidance of the SDS that looks most like each run: points [N, 2], ladder [N, 14, 2].
+def nearest_guidance(curves, ladder):
+    """Log guidance of the SDS that looks most like each run: curves [N, 2], ladder [N, 14, 2].
 
     Nearest in log grain and log distance, each over its spread along the ladder, on straight lines
     between the ladder's guidances.
@@ -54,7 +54,7 @@ def nearest_guidance(points, ladder):
     spread = ladder.std(1).mean(0).numpy()
     guidance = np.linspace(math.log(LADDER[0]), math.log(LADDER[-1]), 500)
     found = []
-    for point, rungs in zip(points.numpy(), ladder.numpy()):
+    for point, rungs in zip(curves.numpy(), ladder.numpy()):
         grain = np.interp(guidance, np.log(LADDER), rungs[:, 0])
         distance = np.interp(guidance, np.log(LADDER), rungs[:, 1])
         off = ((np.stack([grain, distance], 1) - point) / spread) ** 2
@@ -62,7 +62,7 @@ def nearest_guidance(points, ladder):
     return torch.tensor(found)
 
 
-def points(r):
+def both_guidances(r):
     """(log λ' predicted from the κ of each run, log guidance of the nearest SDS), [N, 20] each."""
     ladder = torch.stack([curve(r, ("ladder", lam)) for lam in LADDER], 1)
     predicted, nearest = [], []
@@ -78,13 +78,13 @@ def points(r):
 
 def slopes(r):
     """Of each prompt the slope of measured against predicted log guidance, − 1."""
-    predicted, nearest = points(r)
+    predicted, nearest = both_guidances(r)
     return [np.polyfit(x, y, 1)[0] - 1 for x, y in zip(predicted.numpy(), nearest.numpy())]
 
 
 def numbers(r):
     """κ of each γ and λ, and both guidances."""
-    predicted, nearest = points(r)
+    predicted, nearest = both_guidances(r)
     rows, keys = {}, [(gamma, lam) for gamma in GAMMAS for lam in LAMS]
     for i, (gamma, lam) in enumerate(keys):
         rows[f"γ {gamma:g}, λ {lam:g}"] = {
@@ -98,7 +98,7 @@ def draw(path, r):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    predicted, nearest = points(r)
+    predicted, nearest = both_guidances(r)
     figure, axes = plt.subplots(figsize=(6.4, 5.2), dpi=130)
     for i, gamma in enumerate(GAMMAS):
         part = slice(4 * i, 4 * i + 4)

@@ -526,8 +526,6 @@ def check(settings, command, given=()):
         raise UserError("--t-max-late is for --t-late below 1, where t is drawn at random")
     if "eta" in given and not getattr(settings, "real", None):
         raise UserError("--eta is of Eq. 9, for which asd.py takes --real pictures")
-    if "rank" in given and settings.phi_init:
-        raise UserError("--rank and --phi-init: the file's LoRA has its own rank; drop one of them")
     if settings.t_min > t_max:
         raise UserError(f"--t-min {settings.t_min} is above --t-max {settings.t_max} "
                         f"or --t-max-late {settings.t_max_late}")
@@ -535,13 +533,18 @@ def check(settings, command, given=()):
 
 
 def check_phi(settings, command, given):
-    """UserError for a φ that is not the method's, and for settings that the φ does not have."""
+    """UserError for a φ that is not the method's, and for settings that the φ does not have.
+
+    given: the names of the flags that were given; without a default, a value is enough.
+    """
     method, phi, own = settings.method, settings.phi, command.phi_name(settings.method)
     if phi != own and own != "lora":
         raise UserError(f"--method {method} is its φ: drop --phi {phi}")
     owners = [name for name in command.methods if command.phi_name(name) == phi]
     if phi != own and owners:
         raise UserError(f"--phi {phi} is --method {owners[0]}; {method} needs one to train")
+    if "rank" in given and settings.phi_init:
+        raise UserError("--rank and --phi-init: the file's LoRA has its own rank; drop one of them")
     if phi != "lora" and settings.lam_phi != 1:
         raise UserError("--lam-phi is guidance inside a φ that is given y, or ∅: --phi lora")
     for name, group in groups_of(command.settings).items():
