@@ -7,10 +7,10 @@
     python -m claims all --part 1/2     # a half of the runs, "2/2" in another process
 
 A claim is a few runs (claims/runs.py), one primary outcome and a verdict by one rule
-(claims/work.py's RULE). Runs are kept in outputs/claims/, those of the law in claims/law/, and are
-not made again, unless the code, the weights or the settings have changed. figures/claims.json has
-all numbers, also every paired value; the tables of README.md and figures/README.md are written from
-it.
+(claims/work.py's RULE). Runs are kept in outputs/claims/, those of the law and of the solids in
+claims/law/ and claims/solids/, and are not made again, unless the code, the weights or the settings
+have changed. figures/claims.json has all numbers, also every paired value; the tables of README.md
+and figures/README.md are written from it.
 """
 import json
 import sys

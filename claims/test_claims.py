@@ -13,7 +13,19 @@ from scipy.stats import ttest_1samp
 import asd
 import claims.__main__ as command
 import editing
-from claims import edits, law, looks, measures, pictures, runs, solids, student, tuning, work
+from claims import (
+    edits,
+    law,
+    looks,
+    measures,
+    pictures,
+    runs,
+    side,
+    solids,
+    student,
+    tuning,
+    work,
+)
 from phi import LoRAPhi
 from prior import HERE
 
@@ -258,6 +270,15 @@ def test_of_a_run_for_the_law_three_numbers_are_kept(prior, monkeypatch):
     assert {name: x.shape for name, x in found.items()} == dict.fromkeys(
         ("grain", "distance", "kappa"), (2,))
     assert torch.equal(found["distance"], measures.measured(x0, reference)["distance"])
+
+
+def test_of_a_solid_its_scores_and_the_second_view_are_kept(monkeypatch):
+    views = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 2, 2) / 10
+    monkeypatch.setattr(runs, "solid", lambda method, prompt, **changes: {
+        "views": views, "psnr": torch.tensor(20.0 + changes["perp_neg"])})
+    found = side.side("asd", "a red mug", perp_neg=True)
+    assert found.keys() == {"view", "psnr"} and found["psnr"] == 21
+    assert found["view"].dtype == torch.uint8 and found["view"].unique().tolist() == [26]
 
 
 @tiny
