@@ -489,6 +489,15 @@ def test_what_stops_an_import_is_one_line(tmp_path, command, what, status, words
         assert (done.returncode, done.stderr) == (status, f"{command}.py: {words}\n")
 
 
+@pytest.mark.parametrize("command", ["asd", "nerf"])
+def test_a_current_folder_that_is_removed_is_one_line(tmp_path, command):
+    script = 'mkdir gone && cd gone && rmdir ../gone && exec "$0" "$1" --prompt x'
+    done = subprocess.run(["sh", "-c", script, sys.executable, HERE / f"{command}.py"],
+                          cwd=tmp_path, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (
+        2, f"{command}.py: the current folder has been removed: cd into another one\n")
+
+
 @pytest.mark.parametrize("command", ["asd", "editing", "variants", "text_to_3d", "nerf"])
 def test_a_command_copied_out_alone_is_one_line(tmp_path, command):
     """Also as python -I. What is wrong in our own files is told as it is."""

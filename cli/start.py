@@ -27,3 +27,7 @@ def one_line(kind, error, trace):
 
 
 sys.excepthook = one_line
+try:
+    os.getcwd()                               # without it torch ends the process while it is loaded
+except FileNotFoundError as gone:
+    raise ImportError("the current folder has been removed: cd into another one") from gone
