@@ -866,6 +866,7 @@ def test_foreign_files_in_data_are_one_line(model, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(data, "DATA", tmp_path / "data")
     argv = ["train-corrective", "--model", model, *SHORT, "--out", "b.safetensors"]
     assert variants.main(argv) == 0
+    Path("b.safetensors").unlink()
     for kind in ("samples", "checkpoint"):
         (path,) = Path("data").glob(f"*.{kind}.*")
         kept = path.read_bytes()

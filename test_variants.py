@@ -572,38 +572,44 @@ def test_ddim_samples_follow_the_guided_ode(lam):
 
 
 def test_train_corrective_and_use_it(cli, model, tmp_path, monkeypatch, capsys):
-    """The command; the same command goes on; pictures come from the prior or from a folder."""
+    """The command; a killed one goes on; pictures come from the prior or from a folder."""
     monkeypatch.setattr(data, "DATA", tmp_path / "data")
     monkeypatch.setattr(training, "leave_a_core", lambda: None)    # it takes all cores but one
     Path("prompts").write_text("a red apple\na blue fox\n")
     flags = ["train-corrective", "--model", model, "--samples", "3", "--ddim", "2", "--batch", "2",
-             "--minutes", "0.003", "--out", "made/b.safetensors"]
-    assert variants.main(flags) == 0
+             "--minutes", "0.003", "--out"]
+    assert variants.main([*flags, "made/b.safetensors"]) == 0
     assert capsys.readouterr().out == "made/b.safetensors\n"
     made, sample = contents("data"), variants.ddim_samples
+    trained = Path("made/b.safetensors").read_bytes()
+    assert variants.main([*flags, "made/b.safetensors"]) == 2
+    assert "nothing is written over" in capsys.readouterr().err
+    assert Path("made/b.safetensors").read_bytes() == trained
+    Path("made/b.safetensors").unlink()                            # as if killed before its end
     monkeypatch.setattr(variants, "ddim_samples", None)            # no sample is made again
-    assert variants.main(flags) == 0 and contents("data").keys() == made.keys()
+    assert variants.main([*flags, "made/b.safetensors"]) == 0
+    assert contents("data").keys() == made.keys()
     monkeypatch.setattr(variants, "ddim_samples", sample)
     status, _, err = cli("--method", "lmc", "--corrective", "made/b.safetensors", "--steps", 1)
     assert status == 0, err
-    assert variants.main([*flags, "--prompts", "prompts"]) == 0
+    assert variants.main([*flags, "c", "--prompts", "prompts"]) == 0
     Path("pictures").mkdir()
-    assert variants.main([*flags, "--images", "pictures"]) == 2
+    assert variants.main([*flags, "d", "--images", "pictures"]) == 2
     assert "no folder with pictures" in capsys.readouterr().err
     Path("pictures/a.png").write_bytes(Path("run/final.png").read_bytes())
-    assert variants.main([*flags, "--images", "pictures"]) == 0
+    assert variants.main([*flags, "d", "--images", "pictures"]) == 0
     assert len(list(Path("data").glob("*samples*"))) == 2
     assert len(list(Path("data").glob("*.checkpoint.*"))) == 3    # each has its own
     Path("prompts").write_text("a blue fox\n")
-    assert variants.main([*flags, "--prompts", "prompts", "--lr", "1e-3"]) == 0
+    assert variants.main([*flags, "e", "--prompts", "prompts", "--lr", "1e-3"]) == 0
     assert len(list(Path("data").glob("*samples*"))) == 3
     assert len(list(Path("data").glob("*.checkpoint.*"))) == 4
 
 
 @pytest.mark.parametrize("flags, part", [
     (["--model", "nowhere"], "nowhere"), (["--device", "abacus"], "--device abacus"),
-    (["--out", "."], "no corrective"), (["--out", "empty"], "no corrective"),
-    (["--out", "/dev/null"], "no corrective"), (["--out", ""], "--out cannot be ''"),
+    (["--out", "."], "there already"), (["--out", "empty"], "there already"),
+    (["--out", "/dev/null"], "there already"), (["--out", ""], "--out cannot be ''"),
     (["--out", None, "--model", "some/sd"], "needs an --out FILE"),
     (["--prompts", "binary"], "not UTF-8"), (["--prompts", "empty"], "holds no prompt")])
 def test_train_corrective_mistake_is_one_line(model, tmp_path, monkeypatch, capsys,

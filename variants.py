@@ -382,8 +382,8 @@ def train_corrective(settings):
         raise UserError(f"--model {settings.model} needs an --out FILE of its own: "
                         f"{corrective.OWN.name} is tiny-sd's")
     out = Path(settings.out or corrective.OWN)
-    if settings.out and out.exists() and not (out.is_file() and corrective.is_bias(out)):
-        raise UserError(f"--out {out} is there already and no corrective: name another file")
+    if out.exists():
+        raise UserError(f"{out} is there already: choose another --out, as nothing is written over")
     if out.parent.exists() and not out.parent.is_dir():
         raise UserError(f"--out {out}: {out.parent} is a file, not a folder")
     prompts = []

@@ -60,16 +60,6 @@ def save_bias(network, path, **about):
     save_tensors(Path(path), weights, about)
 
 
-def is_bias(path):
-    """Whether a file is what save_bias wrote."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as file:
-            return {"model", "unet"} <= set(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
 def load_bias(prior, path=None):
     """b_k from a file (default: OWN, which is tiny-sd's).
 
@@ -77,9 +67,12 @@ def load_bias(prior, path=None):
     """
     from safetensors import safe_open
     name, own, path = Path(prior.name).name, path is None, Path(path or OWN)
-    mend = f"python variants.py train-corrective --model {prior.name} makes it"
-    if not own or name != "tiny-sd":
-        mend = mend.replace("makes it", "--out FILE makes one for --corrective FILE")
+    train = f"python variants.py train-corrective --model {prior.name}"
+    if own and name == "tiny-sd":
+        mend = f"{train} makes it"
+        anew = f"remove it, then {mend}"
+    else:
+        mend = anew = f"{train} --out FILE makes one for --corrective FILE"
     if path.is_dir():
         raise ValueError(f"{path} is a folder: {mend}")
     try:
@@ -95,11 +88,11 @@ def load_bias(prior, path=None):
     except Exception as error:                    # safetensors', torch's and the disk's
         first, *more = str(error).strip().split("\n")       # torch's first line names no tensor
         reason = (more or [first])[0].strip()[:100]
-        raise ValueError(f"{path} is no corrective for {prior.name} ({reason}): {mend}") from error
+        raise ValueError(f"{path} is no corrective for {prior.name} ({reason}): {anew}") from error
     if about.get("unet") != fingerprint(*prior.network.parameters()):
         other = "another" if about.get("model") == name else about.get("model")
         if own:
-            raise ValueError(f"{path} was trained for {other}, not for this {name}: {mend}")
+            raise ValueError(f"{path} was trained for {other}, not for this {name}: {anew}")
         if "unet" in about:
             warnings.warn(f"{path} was trained for {other}, not for this {name}", stacklevel=2)
     return network
