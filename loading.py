@@ -172,12 +172,20 @@ def from_folder(diffusers, folder, dtype, kinds):
     for name, value in index.items():
         if not isinstance(value, list):
             continue
-        library, part = value
-        if part is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
-            parts[name] = None                          # such as SD3's T5, where it is left out
+        # [library, class]; null for the class: such as SD3's T5, where it is left out
+        if value[1:] == [None] or name in ("safety_checker", "feature_extractor", "image_encoder"):
+            parts[name] = None
             continue
-        part = getattr(libraries[library], part)
-        if issubclass(part, nn.Module):
+        if not (folder / name).is_dir():                # diffusers would ask the hub
+            raise UserError(f"{folder} has no folder {name}, which its model_index.json names")
+        try:
+            library, class_name = value
+            part = getattr(libraries[library], class_name)
+            has_weights = issubclass(part, nn.Module)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: its model_index.json names {value} as {name}: no class of "
+                            "diffusers or transformers") from error
+        if has_weights:
             parts[name] = load_part(part, folder / name, dtype)
     return kind.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
 

@@ -814,6 +814,22 @@ def test_a_clone_without_the_embedded_model(no_network, tmp_path, monkeypatch): 
     assert no_network == []
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_model_folder_without_a_part(folders, no_network, tmp_path, part):     # noqa: F811
+    folder = altered(folders["epsilon"], tmp_path)
+    shutil.rmtree(folder / part)
+    refused(folder, f"has no folder {part}, which its model_index.json names")
+    assert no_network == []
+
+
+@pytest.mark.parametrize("value", [
+    ["os", "system"], ["diffusers", "NoSuchModel"], ["diffusers", "logging"], ["diffusers"], [7, 8],
+    ["diffusers", 7]], ids=str)
+def test_a_part_of_an_unknown_class_is_named(folders, tmp_path, value):          # noqa: F811
+    refused(altered(folders["epsilon"], tmp_path, model_index={"unet": value}),
+            r"model_index.json names \[.*\] as unet: no class of diffusers or transformers")
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"beta_start": 0.0, "beta_end": 0.0}, "does not fall from 1 to 0"),
     ({"beta_schedule": "left out"}, "beta_schedule is missing"),

@@ -201,7 +201,7 @@ def status_of(name, work, memory, mistakes):
     except (*MISTAKES, *mistakes) as mistake:
         line, status = str(mistake).strip() or type(mistake).__name__, 2
         if isinstance(mistake, ImportError):
-            line += ": pip install -r requirements.txt"
+            line += ": copy all of the folder, and pip install -r requirements.txt"
     except KeyboardInterrupt as stop:
         line, status = f"stopped{''.join(map(str, stop.args))}", 130
         if speaks():
