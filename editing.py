@@ -478,9 +478,8 @@ def apply_network(settings):
     folder, image = Path(settings.apply), Path(settings.image)
     if not folder.is_dir():
         raise asd.UserError(f"{folder} holds no trained network: train one with --network")
-    out = Path(settings.out or folder / "applied.png")
-    ours = settings.out is None and out.is_file() and not out.samefile(image)
-    if out.exists() and not ours:
+    out = Path(settings.out or folder / f"applied-{image.stem}.png")
+    if out.exists():
         raise asd.UserError(f"{out} is there already: choose another --out, as nothing is written "
                             "over")
     if out.suffix.lower() != ".png":

@@ -178,6 +178,7 @@ def from_folder(diffusers, folder, dtype, kinds):
             continue
         if not (folder / name).is_dir():                # diffusers would ask the hub
             raise UserError(f"{folder} has no folder {name}, which its model_index.json names")
+        # neither library's error would name the part, and another library could be any code
         try:
             library, class_name = value
             part = getattr(libraries[library], class_name)
@@ -210,7 +211,9 @@ def check_tokenizers(folder, index):
                             "tokenizer.json)")
         # the libraries' errors name no file
         for file in names & {"tokenizer.json", "vocab.json"}:
-            read_json(folder / name / file)
+            content = read_json(folder / name / file)
+            if file == "tokenizer.json" and "model" not in content:
+                raise UserError(f"{folder / name / file} holds no tokenizer: its model is missing")
 
 
 def check_betas(folder, index):
@@ -226,6 +229,10 @@ def check_betas(folder, index):
     if betas and len(betas) != steps:
         raise UserError(f"{file} has {len(betas)} trained_betas, but num_train_timesteps is "
                         f"{steps}")
+    # at β = 1 nothing of the picture is left, beyond it α is no number
+    for name in ("beta_start", "beta_end"):
+        if not betas and not 0 <= config.get(name, 0) < 1:
+            raise UserError(f"{file}: {name} is {config[name]}, and must be from 0 to below 1")
     missing = {"beta_schedule", "beta_start", "beta_end"} - config.keys()
     if missing and not betas:
         raise UserError(f"{file} does not say how noise grows: {min(missing)} is missing")

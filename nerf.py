@@ -181,6 +181,13 @@ def _installed(module):
 
 
 # ------------------------------------------------------------------------------------- the field
+def check_whole(least=1, **numbers):
+    """ValueError, which names it, where one is no whole number, or less than the least."""
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{name} is a whole number, at least {least}, not {number!r}")
+
+
 class NeRF(nn.Module):
     """The field: points -> density and colour, and a grid of the cells where there is any.
 
@@ -197,15 +204,15 @@ class NeRF(nn.Module):
         super().__init__()
         # what load() makes it of again
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        power_of_two = size > 0 and size & (size - 1) == 0
+        check_whole(levels=levels, features=features, size=size, width=width, cells=cells)
+        check_whole(0, seed=seed)
+        power_of_two = size & (size - 1) == 0
         if not (power_of_two and 1 <= base <= finest and density in ("softplus", "exp")):
             raise ValueError(f"size {size} must be a power of two, 1 <= base {base} <= finest "
                              f"{finest}, and density {density!r} softplus or exp")
-        if not (min(levels, features, width, cells) >= 1 and 0 < box < math.inf
-                and blob_radius > 0 and math.isfinite(blob)):
-            raise ValueError(f"levels {levels}, features {features}, width {width} and cells "
-                             f"{cells} must be at least 1, box {box} and blob_radius {blob_radius} "
-                             f"above 0, and blob {blob} finite")
+        if not (0 < box < math.inf and blob_radius > 0 and math.isfinite(blob)):
+            raise ValueError(f"box {box} and blob_radius {blob_radius} must be above 0, and blob "
+                             f"{blob} finite")
         self.box, self.size, self.cells, self.view = box, size, cells, view
         self.density, self.blob, self.blob_radius = density, blob, blob_radius
         self.kernels = kernels
@@ -381,6 +388,10 @@ def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cuto
     Without gradients it is done `chunk` rays at a time (default: 2048 on the CPU, where they stay
     in its caches, 65536 on CUDA).
     """
+    check_whole(samples=samples)
+    if origins.shape != directions.shape or origins.shape[-1:] != (3,):
+        raise ValueError(f"origins {tuple(origins.shape)} and directions {tuple(directions.shape)} "
+                         "must be [..., 3], one of each for every ray")
     shape, o, d = origins.shape[:-1], origins.reshape(-1, 3), directions.reshape(-1, 3)
     back = torch.as_tensor(background, dtype=o.dtype, device=o.device).expand(*shape, 3)
     chunk = chunk or (1 << 16 if o.is_cuda else 1 << 11)

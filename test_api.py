@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -487,6 +488,18 @@ def test_what_stops_an_import_is_one_line(tmp_path, command, what, status, words
                               env=os.environ | {"PYTHONPATH": str(tmp_path)}, text=True,
                               capture_output=True)
         assert (done.returncode, done.stderr) == (status, f"{command}.py: {words}\n")
+
+
+@pytest.mark.parametrize("command", ["asd", "nerf"])
+def test_ctrl_c_is_not_lost_in_an_import(tmp_path, command):
+    """Python's own imports swallow KeyboardInterrupt in their callbacks, and then go on."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('lost')\n")
+    done = subprocess.run([sys.executable, HERE / f"{command}.py", "--prompt", "x"], text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert (done.returncode, done.stderr) == (130, f"{command}.py: stopped\n")
 
 
 @pytest.mark.parametrize("command", ["asd", "nerf"])

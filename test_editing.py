@@ -539,20 +539,21 @@ def test_a_network_is_saved_and_applied(trained):
     Path("pictures").mkdir()
     Image.new("RGB", (20, 20), "teal").save("pictures/0.png")
     status, out, _ = trained("--apply", "run", "--image", "a.png")
-    assert status == 0 and "ms per picture" in out and Path("run/applied.png").exists()
+    assert status == 0 and "ms per picture" in out and Path("run/applied-a.png").exists()
     status, out, _ = trained("--apply", "run", "--image", "pictures", "--out", "new/all.png")
     assert status == 0 and Path("new/all.png").exists()
     Path("holiday").mkdir()
-    shutil.copy("a.png", "holiday/applied.png")                     # the user's own
+    shutil.copy("a.png", "holiday/b.png")                           # the user's own
     before = contents("run")
-    for image, out in (("run/applied.png", []), ("a.png", ["--out", "run/checkpoint.safetensors"]),
-                       ("a.png", ["--out", "run"]), ("a.png", ["--out", "holiday/applied.png"])):
+    for image, out in (("a.png", []), ("a.png", ["--out", "run/checkpoint.safetensors"]),
+                       ("a.png", ["--out", "run"]), ("a.png", ["--out", "holiday/b.png"])):
         one_line(trained("--apply", "run", "--image", image, *out), "there already")
     one_line(trained("--apply", "run", "--image", "a.png", "--out", "new/all.jpg"), "end in .png")
     assert contents("run") == before and not Path("new/all.jpg").exists()
     one_line(trained("--apply", "run"), "--image")
     one_line(trained("--apply", "run", "--image", "missing.png"), "missing.png")
-    one_line(trained("--apply", "run", "--image", "a.png", "--steps", "3"), "--steps")
+    one_line(trained("--apply", "run", "--image", "a.png", "--steps", "3"),
+             "--steps is no setting of --apply")
     one_line(trained("--apply", "pictures", "--image", "a.png"), "no trained network")
     assert asd.main(["--resume", "run"]) == 2
 

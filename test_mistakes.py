@@ -102,7 +102,8 @@ EDIT, MUG = "--source a --target b --image a.png", "--prompt mug"
     (variants, f"train-corrective --out {__file__}/b", "is a file, not a folder"),
     (text_to_3d, f"{MUG} {MUG}", "--prompt is given twice"), (asd, "--lam 1 --lam 2", "twice"),
     (text_to_3d, f"{MUG} --fovy 40 50 --fovy 40 50", "--fovy is given twice"),
-    (asd, "--pixels --no-pixels", "--no-pixels is given twice"),
+    (asd, "--pixels --no-pixels", "--pixels or --no-pixels is given twice"),
+    (asd, "--prompt a --rank 1000000", "--rank cannot be"),
     (asd, "--prompts b", "unrecognized arguments: --prompts b"),
     (asd, "--init -b", "expected one argument; a text that begins with - is given as --flag=-text"),
     (asd, "--init=", "--init cannot be ''"), (asd, "--real=", "--real cannot be ''"),
@@ -340,7 +341,7 @@ DAMAGES = {
 def test_corrupt_checkpoint_is_one_line(finished, damage):                      # noqa: F811
     DAMAGES[damage](Path("run/checkpoint.safetensors"))
     before = contents("run")
-    part = "neither a file" if damage == "FIFO" else "cannot be resumed"
+    part = "it is no file" if damage in ("FIFO", "folder") else "cannot be resumed"
     one_line(finished("--resume", "run", "--steps", 5), "checkpoint.safetensors", part)
     assert contents("run") == before
 
@@ -604,7 +605,7 @@ def test_memory_that_is_not_there_is_one_line(cli, monkeypatch, error):         
 
 
 @pytest.mark.parametrize("error, line", [
-    (ModuleNotFoundError("No module named 'peft'"), "asd.py: No module named 'peft': pip install"),
+    (ModuleNotFoundError("No module named 'peft'"), "asd.py: No module named 'peft': copy all of the folder, and pip"),
     (ValueError("two\n  lines"), "asd.py: two lines")])
 def test_an_error_of_a_library_is_one_line(cli, monkeypatch, error, line):      # noqa: F811
     @functools.wraps(LoRAPhi.__init__)
@@ -786,7 +787,8 @@ def test_a_reader_that_has_read_enough_is_no_mistake():
     (nerf, []), (claims, []), (claims, ["1a", "--part"])])
 @pytest.mark.parametrize("text", ["\udcff", "a\udc80b", "a\0b"], ids=ascii)
 def test_texts_that_are_no_utf8_are_one_line(refused, command, flags, text):
-    refused(command, *flags, text, part="not valid text")
+    named = [flag for flag in flags if flag.startswith("--")] or ["the command line"]
+    assert f": {named[-1]}: " in refused(command, *flags, text, part="not valid text")
 
 
 @pytest.mark.parametrize("text", ["a\nb", "\x1b[31m", "\u202e", "\r\x07", "\u2028", "x" * 9999],

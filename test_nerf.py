@@ -72,10 +72,20 @@ def test_composite_of_constant_density(sigma, length, S):
 
 @pytest.mark.parametrize("changes", [
     {"levels": 0}, {"features": 0}, {"width": 0}, {"cells": 0}, {"box": 0.0}, {"box": math.inf},
-    {"blob_radius": -1.0}, {"size": 1000}, {"base": 100}, {"density": "relu"}], ids=str)
+    {"blob_radius": -1.0}, {"levels": 2.5}, {"seed": "x"}, {"size": "big"}, {"size": 1000},
+    {"base": 100}, {"density": "relu"}], ids=str)
 def test_field_refuses_impossible_numbers(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         NeRF(**changes)
+
+
+def test_rays_that_do_not_pair_are_refused():
+    f, rays_of_5 = field(), torch.rand(5, 3)
+    for other, words in ((torch.rand(4, 3), "directions"), (torch.rand(5, 2), "directions")):
+        with pytest.raises(ValueError, match=words):
+            render(f, rays_of_5, other)
+    with pytest.raises(ValueError, match="samples is a whole number, at least 1, not 0"):
+        render(f, rays_of_5, rays_of_5, samples=0)
 
 
 def test_composite_of_two_slabs():

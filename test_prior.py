@@ -796,6 +796,7 @@ def test_a_part_that_is_a_pipe_or_a_name_is_refused(folders, no_network, tmp_pat
 @pytest.mark.parametrize("name, text, words", [
     ("unet/config.json", "{,", "unet/config.json is no valid JSON"),
     ("tokenizer/tokenizer.json", '{"model": {', "tokenizer/tokenizer.json is no valid JSON"),
+    ("tokenizer/tokenizer.json", "{}", "tokenizer/tokenizer.json holds no tokenizer"),
     ("model_index.json", '{"unet": []}', "is a folder without a _class_name: only text-to-image"),
     ("vae/config.json", '{"scaling_factor": "0.5"}', "a text for scaling_factor: '0.5'"),
     ("unet/diffusion_pytorch_model.safetensors", "version https://git-lfs.github.com/spec/v1",
@@ -832,6 +833,7 @@ def test_a_part_of_an_unknown_class_is_named(folders, tmp_path, value):         
 
 @pytest.mark.parametrize("changes, words", [
     ({"beta_start": 0.0, "beta_end": 0.0}, "does not fall from 1 to 0"),
+    ({"beta_end": 1.5}, "beta_end is 1.5, and must be from 0 to below 1"),
     ({"beta_schedule": "left out"}, "beta_schedule is missing"),
     ({"beta_start": "left out"}, "beta_start is missing"),
     ({"trained_betas": [0.01] * 9}, "9 trained_betas, but num_train_timesteps is 1000")])

@@ -983,7 +983,8 @@ def test_a_text_of_prompts_may_have_marks(many, source):
 
 
 @pytest.mark.parametrize("data, part", [
-    (b"a fox\na\0b\n", "not valid text"), (b"a fox\n\xff\xfe", "not UTF-8"),
+    (b"a fox\na\0b\n", "prompts.txt: 'a\\x00b' is not valid text"),
+    (b"a fox\n\xff\xfe", "not UTF-8"),
     (b"\xef\xbb\xbf \n# a fox\n", "holds no prompt"), (b"", "holds no prompt")], ids=ascii)
 def test_a_text_of_prompts_that_is_wrong_makes_nothing(many, data, part):
     Path("prompts.txt").write_bytes(data)

@@ -19,11 +19,12 @@ from prior import UserError
 
 
 # -------------------------------------------------------------------------------------- texts
-def check_text(text):
-    """Return the text. UserError where it is not valid UTF-8, or holds NUL."""
+def check_text(text, *, where="a setting"):
+    """Return the text. UserError, which says where, if it is not valid UTF-8, or holds NUL."""
     # bytes of the command line that are not UTF-8 arrive as lone surrogates
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{text!r} is not valid text (UTF-8)")
+        raise UserError(f"{where}: {text!r} is not valid text: UTF-8 without NUL is needed, and a "
+                        "locale of UTF-8")
     return text
 
 
@@ -55,7 +56,7 @@ def read_prompts(path):
         lines = re.split("[\r\n]+", Path(path).read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    lines = [check_text(line.strip()) for line in lines]
+    lines = [check_text(line.strip(), where=path) for line in lines]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise UserError(f"{path} holds no prompt: one per line is needed")
@@ -314,7 +315,9 @@ def load_checkpoint(path, state, weights, settings):
     """Restore a State. -> the film, {step: frame}. UserError where the file is not this run's."""
     from safetensors import safe_open
     try:
-        with safe_open(regular(path), "pt") as file:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             named = {name: file.get_tensor(name) for name in file.keys()}
         if about.get("format") != FORMAT:

@@ -55,6 +55,7 @@ Number = Annotated[float, Field(ge=-1e30, le=1e30)]
 Positive = Annotated[float, Field(ge=0, le=1e30)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10 ** 9)]
+Rank = Annotated[int, Field(ge=1, le=4096)]                # of more a layer makes no use
 Rays = Annotated[int, Field(ge=1, le=2 ** 20)]
 OnRay = Annotated[int, Field(ge=2, le=4096)]
 Degrees = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -102,7 +103,7 @@ class Phi(Settings):
                                    "that predicts v", None)
     phi_steps: Count = flag("updates of φ per update of θ")
     lam_phi: Number = flag("guidance inside φ; 1 is none")
-    rank: Count = flag("of the LoRA", 4)
+    rank: Rank = flag("of the LoRA", 4)
     phi_init: Place | None = flag("a LoRA, a folder or a file, that φ starts at", None)
     tokens: Count = flag("learnable words of the embedding", 4)
     checkpointing: bool = flag("less memory for φ, more time", False)
@@ -205,7 +206,7 @@ class EditSettings(Equation, VariantPhi, Optimiser, Model, Run):
                               "with --image, --out and --device alone", None, exclude=True)
 
 
-class ApplySettings(Settings):
+class ApplySettings(Settings, title="--apply"):
     """editing.py --apply."""
     apply: Name
     image: Place
@@ -285,7 +286,7 @@ class Once(argparse.Action):
     """Store a flag's value. A UserError where the flag is given twice: one would be lost."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        check_once(self, parser, namespace, option_string)
+        check_once(self, parser, namespace)
         setattr(namespace, self.dest, values)
 
 
@@ -293,14 +294,14 @@ class YesOrNo(argparse.BooleanOptionalAction):
     """--flag or --no-flag. A UserError for both, and for one that is given twice."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        check_once(self, parser, namespace, option_string)
+        check_once(self, parser, namespace)
         super().__call__(parser, namespace, values, option_string)
 
 
-def check_once(action, parser, namespace, flag):
+def check_once(action, parser, namespace):
     """UserError where an earlier word of the command line has set the same field."""
     if hasattr(namespace, action.dest):
-        parser.error(f"{flag} is given twice")
+        parser.error(f"{' or '.join(action.option_strings)} is given twice")
 
 
 class Parser(argparse.ArgumentParser):
@@ -313,8 +314,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        flag = "the command line"
         for word in args:
-            check_text(word)
+            if word.startswith("--"):
+                flag = word.partition("=")[0]
+            check_text(word, where=flag)
         return super().parse_args(args, namespace)
 
     def error(self, message):
@@ -425,7 +429,7 @@ def first_mistake(error):
     if mistake["type"] == "missing":
         return f"{name} is missing"
     if mistake["type"] == "extra_forbidden":
-        return f"{name} was not expected"
+        return f"{name} is no setting of {error.title}"
     return f"{name} cannot be {mistake['input']!r}: {message}"
 
 

@@ -4,6 +4,7 @@ Importing torch takes seconds, in which one may press Ctrl-C, and it may be miss
 needs Python alone.
 """
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +27,18 @@ def one_line(kind, error, trace):
     sys.exit(status)
 
 
+def stop(*_):
+    """On Ctrl-C, in place of KeyboardInterrupt, which callbacks of Python's own imports swallow.
+
+    There is nothing to put in order yet. cli/run.py's guarded() ends this.
+    """
+    print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 sys.excepthook = one_line
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop)
 try:
     os.getcwd()                               # without it torch ends the process while it is loaded
 except FileNotFoundError as gone:
