@@ -180,6 +180,7 @@ def guarded(name, work, memory="--micro-batch 1, --checkpointing or less at once
     memory: what helps where there is too little.
     """
     open_streams()
+    # from here on Ctrl-C is an exception, as there are things to put in order
     if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == "cli.start":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with redirect_stderr(Forgiving(sys.stderr)), warnings.catch_warnings():
