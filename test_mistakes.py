@@ -605,7 +605,8 @@ def test_memory_that_is_not_there_is_one_line(cli, monkeypatch, error):         
 
 
 @pytest.mark.parametrize("error, line", [
-    (ModuleNotFoundError("No module named 'peft'"), "asd.py: No module named 'peft': copy all of the folder, and pip"),
+    (ModuleNotFoundError("No module named 'peft'"),
+     "asd.py: No module named 'peft': copy all of the folder, and pip"),
     (ValueError("two\n  lines"), "asd.py: two lines")])
 def test_an_error_of_a_library_is_one_line(cli, monkeypatch, error, line):      # noqa: F811
     @functools.wraps(LoRAPhi.__init__)

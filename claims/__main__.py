@@ -103,13 +103,12 @@ def outcome(record):
 
 
 def verdict_of(record):
-    """The verdict; of a claim that two things are equal, also whether they are, within δ."""
-    text = f"**{record['verdict']}**"
+    """The verdict; of a claim that two things are equal, also what it means."""
+    meaning = ""
     if record["equality"]:
-        _, low, high = interval(record["primary"]["values"])
-        inside = max(-low, high) < record["primary"]["delta"]
-        text += "; equal within δ, as claimed" if inside else "; not within δ"
-    return text
+        meaning = {"holds": ", equal within δ", "the other way round": ", not equal"}.get(
+            record["verdict"], "")
+    return f"**{record['verdict']}**{meaning}"
 
 
 def short_table(records):

@@ -60,6 +60,13 @@ def test_the_rule_by_hand(values, delta, expected):
     assert work.verdict(values, delta) == expected
 
 
+@pytest.mark.parametrize("values, expected", [
+    ([0.2, 0.21, 0.2], "the other way round"), ([-0.2, -0.21, -0.2], "the other way round"),
+    ([0.01, 0.02, 0.01], "holds"), ([-0.01, 0.01, 0.0], "holds"), ([0.1, 0.12, 0.08], "undecided")])
+def test_the_rule_of_two_things_that_are_equal(values, expected):
+    assert work.verdict(values, 0.1, equality=True) == expected
+
+
 # ------------------------------------------------------------------------------ jobs that are kept
 CALLS = []
 
@@ -424,4 +431,5 @@ def test_the_tables_are_the_records():
     assert text["rule"] == work.RULE
     for record in records.values():
         primary = record["primary"]
-        assert record["verdict"] == work.verdict(primary["values"], primary["delta"])
+        assert record["verdict"] == work.verdict(primary["values"], primary["delta"],
+                                                 record["equality"])

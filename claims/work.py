@@ -27,10 +27,10 @@ RULE = (
     "prompt, that is positive where the paper is right, and δ, the difference that would matter in "
     "practice. The verdict is read off the mean's 95 % interval by Student's t: above 0, «holds»; "
     "below 0, «the other way round»; inside ±δ, «no difference»; else «undecided». Where a claim "
-    "is that two things are equal, it is borne out if the interval lies inside ±δ, and the table "
-    "says whether it does. All other numbers are shown and count for nothing. The measures were "
-    "chosen on controls alone, on prompts that no claim uses; the settings on ten tuning prompts, "
-    "none of them a test prompt.")
+    "is that two things are equal, an interval inside ±δ is «holds», one that ends below −δ or "
+    "begins above δ «the other way round»: they differ. All other numbers are shown and count for "
+    "nothing. The measures were chosen on controls alone, on prompts that no claim uses; the "
+    "settings on ten tuning prompts, none of them a test prompt.")
 
 
 # ------------------------------------------------------------------------------------------ jobs
@@ -147,7 +147,8 @@ class Claim:
         """Return what claims.json has about the claim; results: what its jobs returned."""
         values = [float(value) for value in self.values(results)]
         return {
-            "claim": self.title, "paper": self.says, "verdict": verdict(values, self.delta),
+            "claim": self.title, "paper": self.says,
+            "verdict": verdict(values, self.delta, self.equality),
             "ours": self.ours, "equality": self.equality,
             "primary": {"name": self.outcome, "unit": self.unit, "delta": self.delta,
                         "values": values},
@@ -171,9 +172,13 @@ def interval(values):
     return mean, float(found.low), float(found.high)
 
 
-def verdict(values, delta):
-    """RULE: paired differences -> one of its four verdicts."""
+def verdict(values, delta, equality=False):
+    """RULE: paired differences -> one of its four verdicts. equality: the claim is that it is 0."""
     _, low, high = interval(values)
+    if equality:
+        if -delta < low and high < delta:
+            return "holds"
+        return "the other way round" if low > delta or high < -delta else "undecided"
     if low > 0:
         return "holds"
     if high < 0:
