@@ -120,7 +120,7 @@ def draw(path, r):
 
 CLAIMS = {"law": Claim(
     "γ and φ's lag act as guidance λ' = 1 + (1 + γ)(λ − 1)/κ", "ours", JOBS,
-    "log–log slope of measured against predicted guidance − 1", "", 0.1, slopes, draw,
+    "slope of log measured on log predicted guidance, minus 1", "", 0.1, slopes, draw,
     controls_of("grain", "distance"), numbers, ours=True, equality=True,
     remark="The runs of all γ lie near one rising curve, and it is steeper than the law: where "
            "less than 30 is measured it is below what is predicted, most so at γ −0.75, λ 2, "

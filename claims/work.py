@@ -29,8 +29,9 @@ RULE = (
     "below 0, «the other way round»; inside ±δ, «no difference»; else «undecided». Where a claim "
     "is that two things are equal, an interval inside ±δ is «holds», one that ends below −δ or "
     "begins above δ «the other way round»: they differ. All other numbers are shown and count for "
-    "nothing. The measures were chosen on controls alone, on prompts that no claim uses; the "
-    "settings on ten tuning prompts, none of them a test prompt.")
+    "nothing; claims/measures.py says what each measures. The measures were chosen on controls "
+    "alone, on prompts that no claim uses; the settings on ten tuning prompts, none of them a test "
+    "prompt.")
 
 
 # ------------------------------------------------------------------------------------------ jobs
