@@ -106,4 +106,7 @@ def draw(path, r):
 CLAIMS = {"9": Claim(
     "editing: ASD is better than DDS", "Fig. 9, §6", JOBS,
     "PSNR to the source at equal score with the target, ASD − DDS", "dB", 0.5,
-    lambda r: at_equal_score(r, "asd", "dds"), draw, numbers=numbers)}
+    lambda r: at_equal_score(r, "asd", "dds"), draw, numbers=numbers,
+    remark="At its smallest rate ASD keeps 1.7 dB more than DDS, at a score that is 0.02 lower; at "
+           "larger rates its score falls faster. FlowEdit is the cleanest, and keeps more than "
+           "both at DDS's best score.")}
