@@ -51,8 +51,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
-    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+if __name__ == "__main__":     # so that a failed import prints a line, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P omit this folder
     if not Path(__file__).resolve().with_name("cli").is_dir():
         print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
               "command needs all of the clone beside it", file=sys.stderr)
@@ -73,9 +73,9 @@ else:
 
 # ------------------------------------------------------------------------ the paper's equations
 def _coefficient(c, like):
-    """λ, γ, ω, α_t, σ_t as they combine with `like`: floats as they are, tensors in its dtype.
+    """λ, γ, ω, α_t or σ_t, to multiply `like` with: floats as they are, tensors in its dtype.
 
-    ValueError for a tensor [B], which would meet the pictures' width in place of their number.
+    ValueError for a tensor [B]: it would broadcast along the width, not along the batch.
     """
     if not torch.is_tensor(c):
         return c
@@ -86,10 +86,10 @@ def _coefficient(c, like):
 
 
 def _per_sample(c, like):
-    """The same for a coefficient of squared norms [B]."""
+    """A coefficient to multiply squared norms [B] with: a tensor becomes [B], or [1]."""
     if not torch.is_tensor(c):
         return c
-    return c.to(like).flatten() if c.ndim else c.to(like)
+    return c.to(like).flatten()
 
 
 def _norm2(v):
@@ -164,8 +164,8 @@ def classifier_score(eps_uncond, eps_y, sigma_t):
 def generator_grad(eps_uncond, eps_y, eps_phi, lam, omega=1.0):
     """Eq. 7: the gradient of Eq. 6's bound with respect to x0, with ω(t) for the factor α_t/σ_t.
 
-    All [B, C, H, W]. Both differences are scores: ε_y − ε_∅ = −σ_t ∇ log p(y|x_t), and for ε_φ of a
-    diffusion model ε_φ − ε_∅ ≈ −σ_t ∇ log p(φ|x_t), which the added noise ε is not.
+    All [B, C, H, W]. Both differences are scores: ε_y − ε_∅ = −σ_t ∇ log p(y|x_t); and ε_φ − ε_∅ ≈
+    −σ_t ∇ log p(φ|x_t) where a diffusion model predicts ε_φ, but not where it is the added noise ε.
     Warns once where λ < 1: Eq. 6 is no upper bound of the generator's loss there.
     """
     if float(lam.min() if torch.is_tensor(lam) else lam) < 1:     # Python shows it once per place
@@ -282,15 +282,17 @@ def learnt_share(eps, fake_phi, fake_y, gamma):
         raise ValueError(f"Eq. 10 has no minimiser for gamma <= -1: {gamma}")
     # κ = (1 + γ) ⟨ε_φ − ε_y, ε − ε_y⟩ / ‖ε − ε_y‖²
     way = eps - fake_y
-    return (1 + gamma) * ((fake_phi - fake_y) * way).flatten(1).sum(1) / _norm2(way)
+    norm2 = _norm2(way)
+    along = ((fake_phi - fake_y) * way).flatten(1).sum(1, dtype=norm2.dtype)
+    return (1 + gamma) * along / norm2
 
 
 def perp_neg(eps_uncond, eps_y, eps_others, weights):
     """Perp-Neg (arXiv 2304.04968): what stands for ε_y in Eq. 2, with prompts as negatives.
 
-    eps_others: K predictions under other prompts, like eps_y; weights [B, K], at most 0. Of a
-    negative only what says nothing about y counts: a picture can be less of a front view without
-    being less of a mug. A sample is one vector. -> like eps_y.
+    eps_others: K predictions under other prompts, like eps_y; weights [B, K], at most 0. Only the
+    part of a negative that is perpendicular to y counts: a picture can be less of a front view
+    without being less of a mug. Each sample is projected as one vector. -> like eps_y.
     """
     delta_y = eps_y - eps_uncond
     norm2 = _norm2(delta_y).clamp(min=1e-30)
@@ -298,10 +300,10 @@ def perp_neg(eps_uncond, eps_y, eps_others, weights):
     for eps_i, w_i in zip(eps_others, weights.unbind(1), strict=True):
         delta_i = eps_i - eps_uncond
         # δ_i^⊥ = δ_i − (⟨δ_i, δ_y⟩ / ‖δ_y‖²) δ_y,   δ = ε − ε_∅
-        along = (delta_i * delta_y).flatten(1).sum(1) / norm2
-        delta_perp = delta_i - along.view(-1, 1, 1, 1) * delta_y
+        along = (delta_i * delta_y).flatten(1).sum(1, dtype=norm2.dtype) / norm2
+        delta_perp = delta_i - along.view(-1, 1, 1, 1).to(delta_y) * delta_y
         # ε_∅ + δ_y + Σ_i w_i δ_i^⊥
-        shifted = shifted + w_i.view(-1, 1, 1, 1) * delta_perp
+        shifted = shifted + w_i.view(-1, 1, 1, 1).to(delta_y) * delta_perp
     return shifted
 
 
@@ -349,7 +351,8 @@ class Method:
     t_max_late: float = 0.5       # t_max from step t_late · steps on
     t_late: float = 0.5
     lr: float = 0.01              # for θ
-    lr_end: float = 1.0           # θ's rate falls along a cosine to this part of lr; 1: stays
+    lr_end: float = 1.0           # θ's rate falls along a cosine to this part of lr; 1: it stays,
+    #                               as it does where t falls, "descending"
     optimizer: str = "adam"       # of θ, a name of OPTIMIZERS
     phi_lr: float = 1e-3          # AdamW for φ, no weight decay
     beta2: float = 0.999          # of Adam, for θ and φ
@@ -369,16 +372,16 @@ class Method:
             if getattr(self, name) not in list(known):      # a list: the name may be unhashable
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of "
                                  f"{', '.join(known)}")
-        for column in fields(self):
-            value, kind = getattr(self, column.name), column.type
+        for field in fields(self):
+            name, value, kind = field.name, getattr(self, field.name), field.type
             if kind in TYPES and not isinstance(value, TYPES[kind]):
-                raise ValueError(f"{column.name} is of type {kind.__name__}, not {value!r}")
+                raise ValueError(f"{name} is of type {kind.__name__}, not {value!r}")
             if kind in (int, float) and not math.isfinite(value):
-                raise ValueError(f"{column.name} is {value}")
-            if column.name in NOT_NEGATIVE and value < 0:
-                raise ValueError(f"{column.name} must not be negative, but is {value}")
-            if column.name.startswith("t_") and kind is float and not 0 <= value <= 1:
-                raise ValueError(f"{column.name} is a part of T or of the steps, not {value}")
+                raise ValueError(f"{name} is {value}")
+            if name in NOT_NEGATIVE and value < 0:
+                raise ValueError(f"{name} must not be negative, but is {value}")
+            if name.startswith("t_") and kind is float and not 0 <= value <= 1:
+                raise ValueError(f"{name} is a part of T or of the steps, not {value}")
         if self.phi is not None and not callable(self.phi):
             raise ValueError(f"phi is what makes the φ, such as LoRAPhi, not {self.phi!r}")
         if self.t_min > self.t_max:
@@ -422,9 +425,10 @@ def make_phi(method, prior, prompts=None, seed=0, **options):
     """
     if method.phi is None:
         raise ValueError("no phi.py lies beside this asd.py: hand over a φ, phi=…")
-    run = {"seed": seed, "lam": method.lam, "gamma": method.gamma, "steps": method.steps}
+    given = {"seed": seed, "lam": method.lam, "gamma": method.gamma, "steps": method.steps}
     accepted = inspect.signature(method.phi).parameters
-    return method.phi(prior, prompts, **{key: run[key] for key in run if key in accepted} | options)
+    given = {name: value for name, value in given.items() if name in accepted}
+    return method.phi(prior, prompts, **given | options)
 
 
 # ------------------------------------------------------ what algorithm_1 and distill have in common
@@ -445,8 +449,26 @@ def check_inputs(prior, cond, rng):
                              "another DiffusionModel")
     if not torch.is_tensor(cond) or cond.dim() != 3:
         raise ValueError("cond is prompt embeddings [1 or B, L, C], from prior.encode_text([…])")
-    if not isinstance(rng, torch.Generator):
+    check_rng(rng)
+
+
+def check_rng(rng):
+    """ValueError for what is no torch.Generator of the CPU."""
+    if not (isinstance(rng, torch.Generator) and rng.device.type == "cpu"):
         raise ValueError(f"rng is a torch.Generator on the CPU, not {rng!r}")
+
+
+def check_seed(seed):
+    """ValueError for what seeds no torch.Generator."""
+    if not (isinstance(seed, Integral) and abs(seed) < 2 ** 63):
+        raise ValueError(f"seed is a whole number below 2^63, not {seed!r}")
+
+
+def check_modules(generator, phi):
+    """ValueError where one of them is no nn.Module."""
+    for name, module in (("generator", generator), ("phi", phi)):
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"{name} is an nn.Module, not {module!r}")
 
 
 def check_real(real, phi):
@@ -463,6 +485,7 @@ def check_real(real, phi):
 def check_plain(prior, generator, cond, phi, method, rng, real):
     """-> the row of the method. ValueError for what `algorithm_1` cannot use, or would not heed."""
     check_inputs(prior, cond, rng)
+    check_modules(generator, phi)
     method = find_method(method)
     if hasattr(generator, "regulariser") or hasattr(generator, "parameter_groups"):
         raise ValueError("a generator's regulariser and parameter_groups are heeded by distill "
@@ -474,6 +497,38 @@ def check_plain(prior, generator, cond, phi, method, rng, real):
         raise ValueError("lam_phi, fixed_noise, t_order and shift are heeded by distill alone")
     check_real(real, phi)
     return method
+
+
+def check_x0(x0, real=None):
+    """-> x0. ValueError for what is no generator's, or where real samples have another shape."""
+    if not torch.is_tensor(x0) or x0.dim() != 4 or len(x0) == 0:
+        found = list(x0.shape) if torch.is_tensor(x0) else f"a {type(x0).__name__}"
+        raise ValueError(f"a generator's x0 is [B, C, H, W], not {found}")
+    if not x0.requires_grad:
+        raise ValueError("a generator's x0 must depend on its parameters: this one has no gradient")
+    if real is not None and real.shape[1:] != x0.shape[1:]:
+        raise ValueError(f"real is {list(real.shape)}, the generator's x0 {list(x0.shape)}: real "
+                         "samples are latents, too")
+    return x0
+
+
+def null_prompt(prior, cond):
+    """-> ∅ [1, L, C]. ValueError where another prior has encoded cond."""
+    null = prior.encode_text([""])
+    if cond.shape[1:] != null.shape[1:]:
+        raise ValueError(f"cond's prompts are {list(cond.shape[1:])}, those of this prior "
+                         f"{list(null.shape[1:])}: another prior has encoded them")
+    return null
+
+
+def one_each(cond, n, kind="prompts"):
+    """cond [1 or n, L, C] -> a copy [n, L, C]. ValueError for another number of prompts.
+
+    The copy is no inference tensor, which φ could not learn from, whatever cond is.
+    """
+    if len(cond) not in (1, n):
+        raise ValueError(f"{len(cond)} {kind} for {n} samples: give one, or one for each")
+    return cond.expand(n, -1, -1).clone()
 
 
 def draw_noise(rng, x0, lowest, highest):
@@ -497,18 +552,18 @@ def rate_factor(method, step):
 
 
 def descending_t(method, step, T):
-    """t at a step of a run whose noise falls evenly: after t_max T noising steps, …, t_min T.
+    """t at a step of a run whose noise falls evenly, from t_max T to t_min T.
 
-    t counts from 0, so t = −1 is no noise at all; it is where a run with t_min = 0 ends.
+    t counts from 0: −1 is no noise at all, where a run with t_min = 0 ends.
     """
     return round(T * (method.t_max - (method.t_max - method.t_min) * step / method.steps)) - 1
 
 
-def flow_time(prior, t):
+def flow_time(prior, t, device="cpu"):
     """τ = σ/(α + σ) at t: x_t/(α + σ) = (1 − τ) x0 + τ ε, so any prior is a flow model in τ."""
     if t < 0:
         return 0.0
-    alpha_t, sigma_t = prior.alpha_sigma(torch.tensor([t]))
+    alpha_t, sigma_t = prior.alpha_sigma(torch.tensor([t], device=device))
     return (sigma_t / (alpha_t + sigma_t)).item()
 
 
@@ -546,12 +601,12 @@ def algorithm_1(prior, generator, cond, phi, method, rng, real=None, callback=No
     method = check_plain(prior, generator, cond, phi, method, rng, real)
     theta_opt = theta_optimizer(generator.parameters(), method)
     phi_opt = phi_optimizer(phi.parameters(), method)
-    null = prior.encode_text([""])
+    null = null_prompt(prior, cond)
     for step in range(method.steps):
         # x0 = g(θ);  x_t = α_t x0 + σ_t ε
-        x0 = generator()
+        x0 = check_x0(generator(), real)
         fake = x0.detach().clone()                  # φ learns from x0 as it is before θ's step
-        y, uncond = cond.expand(len(x0), -1, -1), null.expand(len(x0), -1, -1)
+        y, uncond = one_each(cond, len(x0)), one_each(null, len(x0))
         t, eps = draw_noise(rng, x0, *range_of_t(method, step, prior.steps))
         x_t = add_noise(fake, eps, *prior.alpha_sigma(t))
         # ε_∅ and ε_y of the frozen model, ε_φ of φ, all at the same x_t
@@ -626,17 +681,25 @@ class Discriminator:
     gamma: float = -1.0             # of Eqs. 9 and 10
     eta: float = 0.5
     lam: float | None = None        # λ of its half of Eq. 11; None: the method's
-    at: str = "generated"           # what is noised for Eq. 7
+    at: str = "generated"           # what is noised for Eq. 7; not "real"
     fake: str = "generated"         # x^g, from which φ learns
     real: str | None = None         # x^r of Eq. 9; None: there are none, Eq. 10
 
     def __post_init__(self):
-        """ValueError for pictures that there are none of, and for text in place of cond."""
+        """ValueError for pictures that there are none of, for text in place of cond, and the like.
+        """
+        if not isinstance(self.phi, nn.Module):
+            raise ValueError(f"phi is an nn.Module, not {self.phi!r}")
+        for name in ("gamma", "eta", "lam"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (name == "lam" and value is None):
+                raise ValueError(f"{name} is a number, not {value!r}")
         if not torch.is_tensor(self.cond) or self.cond.dim() != 3:
             raise ValueError("cond is prompt embeddings [1 or B, L, C], from "
                              f"prior.encode_text([…]), not {self.cond!r}")
-        for which in {self.at, self.fake, self.real} - {"generated", "source", "real", None}:
-            raise ValueError(f"unknown pictures {which!r}: choose generated, source or real")
+        for which in (self.at, self.fake, self.real):
+            if which not in ("generated", "source", "real", None):
+                raise ValueError(f"unknown pictures {which!r}: choose generated, source or real")
 
 
 class State:
@@ -649,10 +712,11 @@ class State:
 
     def __init__(self, generator, phi, method, rng, second=None, real=None):
         self.generator, self.phi, self.rng, self.step = generator, phi, rng, 0
-        for name, module in (("generator", generator), ("phi", phi)):
-            if not isinstance(module, nn.Module):
-                raise ValueError(f"{name} is an nn.Module, not {module!r}")
+        check_modules(generator, phi)
         check_real(real, phi)
+        check_rng(rng)
+        if not isinstance(second, (Discriminator, type(None))):
+            raise ValueError(f"second is a Discriminator, not {second!r}")
         method = find_method(method)
         self.second, self.real, self.method = second, real, method
         self.eps = None               # that of the first step, where the method keeps it fixed
@@ -684,15 +748,16 @@ class Step(NamedTuple):
 
 
 class Branch:
-    """A discriminator at a micro-batch of a step. It is used in this order: questions(), for the
-    prior; gradient(), with the answers; phi_loss(i), for each update of φ.
+    """A discriminator at a micro-batch of a step. Call questions(), which the prior is to answer,
+    then gradient(answers), then phi_loss(i) for each update of φ.
 
     phi_draws: the Draws of φ's updates. part: which of the samples are in the micro-batch.
     """
 
     def __init__(self, step, discriminator, samples, draw, phi_draws, part):
-        method, self.step, self.discriminator = step.method, step, discriminator
-        self.phi, self.samples, self.draw = discriminator.phi, take(samples, part), take(draw, part)
+        method = step.method
+        self.step, self.discriminator, self.phi = step, discriminator, discriminator.phi
+        self.samples, self.draw = take(samples, part), take(draw, part)
         self.phi_draws = [take(phi_draw, part) for phi_draw in phi_draws]
         self.lam = method.lam if discriminator.lam is None else discriminator.lam
         self.y = discriminator.cond.expand(len(samples.x0), -1, -1)[part]
@@ -704,16 +769,18 @@ class Branch:
             moved = self.samples.x0 - self.samples.source
             self.draw = self.draw._replace(eps=self.draw.eps + s * moved)
         self.x_t = self.noised(discriminator.at, self.draw)
-        # θ and φ look at the same x_t, if t and ε, the pictures and the noise are the same …
+        # at the same t and ε of the same pictures θ and φ share x_t, and so ε_y …
         self.shares_x_t = (method.share_noise and discriminator.fake == discriminator.at
                            and not method.shift)
-        # … then ε_y serves both; and so does ε_φ, unless
+        # … and they share ε_φ, if besides
         self.shares_eps_phi = (
-            self.shares_x_t and len(phi_draws) > 0      # φ does not learn,
-            and samples.camera is None                  # it learns with some cameras hidden,
-            and discriminator.real is None              # Eq. 9 asks it at both kinds in one call,
-            and len(part) == len(samples.x0))           # or all micro-batches would keep a graph
-        self.predictions = None                         # of φ's last update, if that was Eq. 9
+            self.shares_x_t and len(phi_draws) > 0      # φ learns,
+            and samples.camera is None                  # with no camera hidden from it,
+            and discriminator.real is None              # by Eq. 10, at generated samples alone,
+            and len(part) == len(samples.x0))           # and only one graph has to be kept
+        self.prompt = self.answers = self.eps_phi = None    # set by questions() and gradient()
+        # fake_phi, fake_y, real_phi, real_y of φ's last update, if that was by Eq. 9
+        self.predictions = None
 
     def noised(self, which, draw):
         """x_t of the pictures that the Discriminator names."""
@@ -724,11 +791,12 @@ class Branch:
 
     def questions(self):
         """What the prior is asked at these samples: {name: (x_t, t, cond)}."""
-        d, prompts = self.discriminator, {"uncond": self.null, "y": self.y}
-        if self.lam == 1 and self.samples.others is None:       # ε_∅ cancels in Eq. 2
-            del prompts["uncond"]
-        if self.samples.others is not None:
-            for i, cond in enumerate(self.samples.others.unbind(1)):
+        d, others, prompts = self.discriminator, self.samples.others, {}
+        if self.lam != 1 or others is not None:         # at λ = 1 ε_∅ cancels in Eq. 2
+            prompts["uncond"] = self.null
+        prompts["y"] = self.y
+        if others is not None:
+            for i, cond in enumerate(others.unbind(1)):
                 prompts[f"other {i}"] = cond
         if hasattr(self.phi, "prompts"):                # such as a negative prompt
             prompts |= self.phi.prompts(self.step.number, self.y, self.null)
@@ -802,8 +870,9 @@ def phi_metrics(branches):
                                d.gamma) for branch in branches]
         numbers["kappa"] = torch.cat(shares).mean().item()
     if branches[0].predictions is not None:
-        predictions = zip(*(branch.predictions for branch in branches))
-        bound = gamma_lower_bound(*(torch.cat(parts) for parts in predictions), d.eta).item()
+        columns = zip(*[branch.predictions for branch in branches])
+        fake_phi, fake_y, real_phi, real_y = (torch.cat(parts) for parts in columns)
+        bound = gamma_lower_bound(fake_phi, fake_y, real_phi, real_y, d.eta).item()
         if math.isfinite(bound):
             numbers["gamma_bound"] = bound
         if d.gamma < bound:
@@ -843,8 +912,9 @@ def ask(prior, questions, micro_batch=None):
     predictions = predictions.chunk(len(flat))
     answers, first = [], 0
     for named in questions:
-        answers.append(dict(zip(named, predictions[first:])))
-        first += len(named)
+        last = first + len(named)
+        answers.append(dict(zip(named, predictions[first:last], strict=True)))
+        first = last
     return answers
 
 
@@ -877,12 +947,12 @@ def check_finite(tensor, name, step, alpha_t):
         raise FloatingPointError(f"the {name} is not finite at step {step.number}: {advice}")
 
 
-def make_samples(generator, cond):
+def make_samples(generator, cond, real=None):
     """-> this process's Samples, with their prompts; their numbers; how many all processes have.
 
-    ValueError where the generator's x0 and cond do not fit.
+    ValueError where the generator's x0 does not fit cond, or the real samples.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         out, rows = generator(), None
     elif hasattr(generator, "batch"):
         n, processes = generator.batch, dist.get_world_size()
@@ -893,12 +963,7 @@ def make_samples(generator, cond):
     else:
         raise ValueError("several processes need a generator with `batch` and forward(rows)")
     samples = Samples(*out) if isinstance(out, tuple) else Samples(out)
-    x0 = samples.x0
-    if not torch.is_tensor(x0) or x0.dim() != 4 or len(x0) == 0:
-        found = list(x0.shape) if torch.is_tensor(x0) else f"a {type(x0).__name__}"
-        raise ValueError(f"a generator's x0 is [B, C, H, W], not {found}")
-    if not x0.requires_grad:
-        raise ValueError("a generator's x0 must depend on its parameters: this one has no gradient")
+    x0 = check_x0(samples.x0, real)
     for name, tensor in samples._asdict().items():
         if tensor is not None and len(tensor) != len(x0):
             raise ValueError(f"a generator's {name} is of {len(tensor)} samples, its x0 of "
@@ -906,9 +971,7 @@ def make_samples(generator, cond):
     if rows is None:
         n, rows = len(x0), torch.arange(len(x0), device="cpu")
     if samples.cond is None:
-        if len(cond) not in (1, n):
-            raise ValueError(f"{len(cond)} prompts for {n} samples: give one, or one for each")
-        samples = samples._replace(cond=cond.expand(n, -1, -1)[rows])
+        samples = samples._replace(cond=one_each(cond, n)[rows])
     return samples, rows, n
 
 
@@ -925,7 +988,9 @@ def draw_step(state, step, samples, rows, discriminators):
     if method.t_order == "descending":
         t = torch.full_like(t, max(0, descending_t(method, step.number, T)))
     if method.fixed_noise:
-        eps = state.eps = eps if state.eps is None else state.eps.to(eps)
+        if state.eps is None:
+            state.eps = eps
+        eps = state.eps = state.eps.to(eps)
     theta_draw = Draw(t[rows], eps[rows], samples.camera)
     all_phi_draws = []
     for discriminator in discriminators:
@@ -950,19 +1015,16 @@ def draw_step(state, step, samples, rows, discriminators):
 def one_step(prior, state, cond, method, null, micro_batch=None):
     """Algorithm 1, once. -> {name: number} for the metrics."""
     # x0 = g(θ), and all that is random
-    samples, rows, n = make_samples(state.generator, cond)
-    if state.real is not None and state.real.shape[1:] != samples.x0.shape[1:]:
-        raise ValueError(f"real is {list(state.real.shape)}, the generator's x0 "
-                         f"{list(samples.x0.shape)}: real samples are latents, too")
+    samples, rows, n = make_samples(state.generator, cond, state.real)
     if method.shift and samples.source is None:
         raise ValueError("shift needs the source pictures of an edit: see editing.py")
     step = Step(prior, method, state.step, null, n)
     real = None if state.real is None else "real"
     discriminators = [Discriminator(state.phi, samples.cond, method.gamma, method.eta, real=real)]
     if state.second is not None:
-        z = state.second.cond if samples.source_cond is None else samples.source_cond
-        if len(z) not in (1, len(samples.x0)):
-            raise ValueError(f"{len(z)} source prompts for {n} samples: give one, or one for each")
+        z = samples.source_cond
+        if z is None:
+            z = one_each(state.second.cond, n, "source prompts")[rows]
         discriminators.append(replace(state.second, cond=z))
     draw, all_phi_draws = draw_step(state, step, samples, rows, discriminators)
     # ε_∅, ε_y, ε_φ and Eq. 7, by micro-batches; the prior is asked once for all that one needs
@@ -1000,12 +1062,14 @@ def update_theta(state, step, x0, grad, alpha_t):
     state.opt_theta.zero_grad()
     loss.backward()
     sum_gradients(state.opt_theta, "generator's gradient", step, alpha_t)
-    factor, method = rate_factor(step.method, step.number), step.method
-    if method.t_order == "descending":
+    method, device = step.method, x0.device
+    if method.t_order == "random":
+        factor = rate_factor(method, step.number)
+    else:
         # with SGD at lr n and ω = 1 + σ/α, a step of θ is a step in the flow's time, as a sampler's
         now = descending_t(method, step.number, step.prior.steps)
         after = descending_t(method, step.number + 1, step.prior.steps)
-        factor = flow_time(step.prior, now) - flow_time(step.prior, after)
+        factor = flow_time(step.prior, now, device) - flow_time(step.prior, after, device)
     for group, rate in zip(state.opt_theta.param_groups, state.rates, strict=True):
         group["lr"] = rate * factor
     state.opt_theta.step()
@@ -1027,7 +1091,6 @@ def update_phi(state, step, branches):
         total = torch.stack(losses).sum()
         sum_gradients(state.opt_phi, "discriminator's gradient", step, alpha_t)
         state.opt_phi.step()
-    if branches[0].phi_draws:
         check_finite(get_total_norm(trained(state.opt_phi)), "discriminator's φ", step, alpha_t)
     return sum_over_processes(total).item()
 
@@ -1052,8 +1115,8 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     state       to go on with, of the same generator and method; it has phi, second, real and rng.
     micro_batch samples a question in a call of the prior, and of φ; gradients are accumulated.
     callback    callback(state, {"grad_norm": ‖Eq. 7‖ of all samples, "loss_D": the sum of both
-                discriminators', "seconds", "kappa": where γ > −1, before φ's update, and
-                "gamma_bound": with real; these two of this process's samples}) after each step.
+                discriminators', "seconds", "kappa" (where γ > −1, before φ's update) and
+                "gamma_bound" (with real): both of this process's samples alone}) after each step.
     real        x0 [N, C, H, W] of real samples: φ learns by Eq. 9, each time from B of them, drawn
                 anew. Default: there are none, Eq. 10.
 
@@ -1064,14 +1127,18 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     Raises ValueError for what does not fit together, FloatingPointError if something is not finite.
     """
     method = find_method(method)
-    if not isinstance(seed, Integral):
-        raise ValueError(f"seed is a whole number, not {seed!r}")
+    check_seed(seed)
+    if not (callback is None or callable(callback)):
+        raise ValueError(f"callback is a function, not {callback!r}")
+    if not isinstance(state, (State, type(None))):
+        raise ValueError(f"state is a State, not {state!r}")
     rng = torch.Generator().manual_seed(seed) if state is None else state.rng
     check_inputs(prior, cond, rng)
     if state is None:
-        phi = phi or make_phi(method, prior, seed=seed)
+        if phi is None:
+            phi = make_phi(method, prior, seed=seed)
         state = State(generator, phi, method, rng, second, real)
-    elif not (phi is second is real is None):
+    elif phi is not None or second is not None or real is not None:
         raise ValueError("a state has its own phi, second and real: drop those of this call")
     state.check(generator, method)
     if micro_batch is not None and not (isinstance(micro_batch, int) and micro_batch >= 1):
@@ -1079,18 +1146,15 @@ def distill(prior, generator, cond, method="asd", phi=None, second=None, state=N
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several and getattr(state.phi, "whole", False):
         raise ValueError("a φ that compares all samples needs them all in one process")
-    null = prior.encode_text([""])
-    if cond.shape[1:] != null.shape[1:]:
-        raise ValueError(f"cond's prompts are {list(cond.shape[1:])}, those of this prior "
-                         f"{list(null.shape[1:])}: another prior has encoded them")
+    null = null_prompt(prior, cond)
     while state.step < method.steps:
         began = time.perf_counter()
         # losses are float32, and the prior has its own dtype, whatever the caller's autocast says
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            terms = one_step(prior, state, cond, method, null, micro_batch)
+            metrics = one_step(prior, state, cond, method, null, micro_batch)
         state.step += 1
         if callback:
-            callback(state, terms | {"seconds": time.perf_counter() - began})
+            callback(state, metrics | {"seconds": time.perf_counter() - began})
     return state
 
 

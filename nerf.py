@@ -14,9 +14,8 @@
 | least squares over rays of posed pictures               | fit         | test_fit_…       |
 | lenses that bend the rays (OpenCV's two models)         | undistort   | test_cameras.py  |
 
-nerf_kernels.py has the first two as Triton kernels, for CUDA. Neither that nor what the command
-needs besides (cli/, tiny/solids.py) is needed to use this file. text_to_3d.py makes a NeRF from a
-prompt.
+nerf_kernels.py has the first two as Triton kernels, for CUDA. To import this file, torch alone is
+needed; the command also needs cli/ and tiny/solids.py. text_to_3d.py makes a NeRF from a prompt.
 
 World: z is up, the object's front faces +x, the scene fills the box [−box, box]³. Cameras are
 OpenGL's (x right, y up, looking down −z), as in a NeRF transforms.json. N points, R rays, S samples
@@ -37,8 +36,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
-    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+if __name__ == "__main__":     # so that a failed import prints a line, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P omit this folder
     if not Path(__file__).resolve().with_name("cli").is_dir():
         print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
               "command needs all of the clone beside it", file=sys.stderr)
@@ -81,7 +80,7 @@ def corners(x, resolutions, size):
     f = torch.stack([1 - f, f])                                          # [2, 3, L, N]
     w = f[:, None, None, 0] * f[None, :, None, 1] * f[None, None, :, 2]  # [2, 2, 2, L, N]
     v = torch.stack([cell, cell + 1]).int()                              # vertices, [2, 3, L, N]
-    stride = torch.stack([n ** 0, n + 1, (n + 1) ** 2])
+    stride = torch.stack([torch.ones_like(n), n + 1, (n + 1) ** 2])
     a, b, c = (v[:, i, :dense] * stride[i, :dense] for i in range(3))
     # dense: x + (n + 1) (y + (n + 1) z)
     exact = (a + first[:dense])[:, None, None] + b[None, :, None] + c[None, None]
@@ -144,7 +143,8 @@ def composite(sigma, delta, values, kernels="torch"):
     -> (Σ_i w_i v_i [R, C], opacity Σ_i w_i [R] in [0, 1]); exact where σ and v are constant within
     each sample's interval.
     """
-    if use_triton(kernels, sigma) and not delta.requires_grad:           # it has none for δ
+    # the kernel gives δ no gradient
+    if use_triton(kernels, sigma) and not delta.requires_grad:
         from nerf_kernels import Composite
         return Composite.apply(sigma, delta, values)
     # w_i = T_i (1 − exp(−σ_i δ)),  T_i = exp(−Σ_{j<i} σ_j δ):  NeRF, Eq. 3
@@ -156,22 +156,23 @@ def composite(sigma, delta, values, kernels="torch"):
 
 # ---------------------------------------------------------------------- the same on CUDA, by Triton
 def use_triton(kernels, tensor):
-    """Whether nerf_kernels.py computes it: "auto" on CUDA where it, and Triton, are installed.
+    """Whether to use nerf_kernels.py: at "auto", on CUDA where it, and Triton, are installed.
 
     ValueError where "triton" is chosen and cannot be.
     """
     if kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels is auto, torch or triton, not {kernels!r}")
-    if kernels == "torch" or kernels == "auto" and not tensor.is_cuda:
+    if kernels == "torch" or (kernels == "auto" and not tensor.is_cuda):
         return False
     # Triton compiles a launcher in C for each kernel; its interpreter needs neither CUDA nor that
     compiler = shutil.which("gcc") or shutil.which("clang") or os.environ.get("CC")
-    runs = tensor.is_cuda and compiler or os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    runs = interpreted or (tensor.is_cuda and compiler is not None)
     able = runs and _installed("triton") and _installed("nerf_kernels")
     if kernels == "triton" and not able:
         raise ValueError("the Triton kernels need CUDA, Triton, a C compiler and nerf_kernels.py "
                          "beside nerf.py: choose --kernels auto or torch")
-    return bool(able)
+    return able
 
 
 @functools.cache
@@ -184,7 +185,7 @@ def _installed(module):
 def check_whole(least=1, **numbers):
     """ValueError, which names it, where one is no whole number, or less than the least."""
     for name, number in numbers.items():
-        if not isinstance(number, int) or number < least:
+        if not isinstance(number, int) or isinstance(number, bool) or number < least:
             raise ValueError(f"{name} is a whole number, at least {least}, not {number!r}")
 
 
@@ -204,12 +205,16 @@ class NeRF(nn.Module):
         super().__init__()
         # what load() makes it of again
         self.settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        check_whole(levels=levels, features=features, size=size, width=width, cells=cells)
+        check_whole(levels=levels, features=features, size=size, width=width, cells=cells,
+                    base=base, finest=finest)
         check_whole(0, seed=seed)
         power_of_two = size & (size - 1) == 0
-        if not (power_of_two and 1 <= base <= finest and density in ("softplus", "exp")):
-            raise ValueError(f"size {size} must be a power of two, 1 <= base {base} <= finest "
+        if not (power_of_two and base <= finest and density in ("softplus", "exp")):
+            raise ValueError(f"size {size} must be a power of two, base {base} <= finest "
                              f"{finest}, and density {density!r} softplus or exp")
+        if not all(isinstance(number, (int, float)) for number in (box, blob, blob_radius)):
+            raise ValueError(f"box {box!r}, blob {blob!r} and blob_radius {blob_radius!r} are "
+                             "numbers")
         if not (0 < box < math.inf and blob_radius > 0 and math.isfinite(blob)):
             raise ValueError(f"box {box} and blob_radius {blob_radius} must be above 0, and blob "
                              f"{blob} finite")
@@ -220,8 +225,9 @@ class NeRF(nn.Module):
         growth = (finest / base) ** (1 / max(levels - 1, 1))
         self.resolutions = [int(base * growth ** l + 1e-6) for l in range(levels)]
         rng = torch.Generator().manual_seed(seed)
-        rows = layout(self.resolutions, size)[0][-1]
-        self.table = nn.Parameter(1e-4 * (2 * torch.rand(rows, features, generator=rng) - 1))
+        offsets, _ = layout(self.resolutions, size)
+        table = torch.rand(offsets[-1], features, generator=rng, device="cpu")
+        self.table = nn.Parameter(1e-4 * (2 * table - 1))
         # layers that draw nothing by themselves: all randomness is rng's
         linear = functools.partial(nn.utils.skip_init, nn.Linear)
         self.inner = nn.Sequential(linear(levels * features, width), nn.ReLU(),
@@ -240,12 +246,12 @@ class NeRF(nn.Module):
         unit = (x / self.box + 1) / 2                                    # [−box, box] -> [0, 1]
         h = self.inner(hash_encode(unit, self.table, self.resolutions, self.size, self.kernels))
         # σ = softplus or exp of h₀ + b (1 − ‖x‖/r), the blob of Magic3D and threestudio
-        log = h[:, 0] + self.blob * (1 - x.norm(dim=1) / (self.blob_radius * self.box))
+        raw = h[:, 0] + self.blob * (1 - x.norm(dim=1) / (self.blob_radius * self.box))
         if self.density == "softplus":
-            return F.softplus(log), h[:, 1:]
-        # exp(log) up to e⁹, and then its tangent e⁹ (1 + log − 9), which keeps a gradient
-        low = log.clamp(max=9)
-        return low.exp() * (1 + log - low), h[:, 1:]
+            return F.softplus(raw), h[:, 1:]
+        # exp(raw) up to e⁹, and then its tangent e⁹ (1 + raw − 9), which keeps a gradient
+        low = raw.clamp(max=9)
+        return low.exp() * (1 + raw - low), h[:, 1:]
 
     def forward(self, x, directions=None):
         """x [N, 3], unit directions [N, 3] where view is on -> (σ [N], RGB [N, 3])."""
@@ -269,7 +275,8 @@ class NeRF(nn.Module):
 
     @torch.no_grad()
     def update_grid(self, spacing, rng=None, least=0.01, decay=0.7):
-        """Renew the occupancy grid at one random point per cell (rng: a CPU generator).
+        """Renew the occupancy grid at a random point of each cell (rng: a CPU generator), or, with
+        no rng, at its middle.
 
         A cell is empty if no density seen of late in it or its 26 neighbours makes a sample of
         length `spacing` more opaque than `least`.
@@ -277,7 +284,9 @@ class NeRF(nn.Module):
         # a point of each cell, anywhere in it, so that in time no place of it is missed
         index = torch.arange(self.cells, device=self.peak.device)
         x = torch.stack(torch.meshgrid(index, index, index, indexing="ij"), -1).view(-1, 3)
-        u = torch.full(x.shape, 0.5) if rng is None else torch.rand(x.shape, generator=rng)
+        u = torch.full(x.shape, 0.5, device="cpu")
+        if rng is not None:
+            u = torch.rand(x.shape, generator=rng, device="cpu")
         x = ((x + u.to(x.device)) * (2 / self.cells) - 1) * self.box
         sigma = torch.cat([self.geometry(part)[0] for part in x.split(1 << 13)])
         self.peak.copy_(torch.maximum(decay * self.peak, sigma.view_as(self.peak)))
@@ -316,7 +325,7 @@ def camera_to_world(elevation_deg, azimuth_deg, distance):
     # the first tensor decides about the dtype and the device
     like = next((v for v in pose if torch.is_tensor(v) and v.is_floating_point()), torch.ones(1))
     theta, phi, r = torch.broadcast_tensors(
-        *(torch.as_tensor(v).to(like).reshape(-1) for v in pose))
+        *(torch.as_tensor(v, dtype=like.dtype, device=like.device).reshape(-1) for v in pose))
     theta, phi = torch.deg2rad(theta), torch.deg2rad(torch.remainder(phi, 360))
     # the camera's axes in the world: x to the right, y up, z back, away from what it looks at
     zero = torch.zeros_like(r)
@@ -377,6 +386,18 @@ def intersect_box(origins, directions, box):
     return near, torch.maximum(near, far)
 
 
+def check_rays(origins, directions, samples, rng):
+    """ValueError for what cannot be rendered: other shapes, no samples, places that are none."""
+    check_whole(samples=samples)
+    if not (torch.is_tensor(origins) and torch.is_tensor(directions)):
+        raise ValueError("origins and directions are tensors [..., 3]")
+    if not (rng is None or torch.is_tensor(rng) or isinstance(rng, torch.Generator)):
+        raise ValueError(f"rng is a torch.Generator, or places on the rays, not {rng!r}")
+    if origins.shape != directions.shape or origins.shape[-1:] != (3,):
+        raise ValueError(f"origins {tuple(origins.shape)} and directions {tuple(directions.shape)} "
+                         "must be [..., 3], one of each for every ray")
+
+
 def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cutoff=1e-3,
            chunk=None):
     """Volume-render rays of any shape [..., 3], directions of unit length. -> Picture.
@@ -388,20 +409,23 @@ def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cuto
     Without gradients it is done `chunk` rays at a time (default: 2048 on the CPU, where they stay
     in its caches, 65536 on CUDA).
     """
-    check_whole(samples=samples)
-    if origins.shape != directions.shape or origins.shape[-1:] != (3,):
-        raise ValueError(f"origins {tuple(origins.shape)} and directions {tuple(directions.shape)} "
-                         "must be [..., 3], one of each for every ray")
+    check_rays(origins, directions, samples, rng)
     shape, o, d = origins.shape[:-1], origins.reshape(-1, 3), directions.reshape(-1, 3)
     back = torch.as_tensor(background, dtype=o.dtype, device=o.device).expand(*shape, 3)
     chunk = chunk or (1 << 16 if o.is_cuda else 1 << 11)
     # u: where in its interval a sample lies, the same numbers whatever the chunks
-    u = torch.rand(len(o), samples, generator=rng) if isinstance(rng, torch.Generator) else rng
+    u = rng
+    if isinstance(rng, torch.Generator):
+        u = torch.rand(len(o), samples, generator=rng, device="cpu")
     if not torch.is_grad_enabled() and len(o) > chunk:
-        parts = zip(*(v.reshape(-1, 3).split(chunk) for v in (o, d, back)),
-                    [None] * len(o) if u is None else u.split(chunk))
-        done = [render(nerf, a, b, samples, c, u, cutoff, chunk) for a, b, c, u in parts]
-        return Picture(*(torch.cat(v).view(*shape, *v[0].shape[1:]) for v in zip(*done)))
+        parts, back = [], back.reshape(-1, 3)
+        for first in range(0, len(o), chunk):
+            rows = slice(first, first + chunk)
+            places = None if u is None else u[rows]
+            parts.append(render(nerf, o[rows], d[rows], samples, back[rows], places, cutoff, chunk))
+        return Picture(torch.cat([part.rgb for part in parts]).view(*shape, 3),
+                       torch.cat([part.opacity for part in parts]).view(shape),
+                       torch.cat([part.depth for part in parts]).view(shape))
     near, far = intersect_box(o, d, nerf.box)
     # t_i = near + (i + u_i) δ,  δ = (far − near)/S,  u_i uniform in [0, 1): stratified
     u = 0.5 if u is None else u.to(o)
@@ -412,13 +436,13 @@ def render(nerf, origins, directions, samples=64, background=1.0, rng=None, cuto
     occupied = nerf.occupancy(x) & (delta > 0)[:, None]
     quarter = math.ceil(samples / 4)
     T, sigma, rgb = torch.ones_like(delta), [], []
-    for i in range(0, samples, quarter):
-        i = slice(i, i + quarter)
-        live = occupied[:, i] & (T > cutoff)[:, None]                    # [R, S/4]
+    for first in range(0, samples, quarter):
+        part = slice(first, first + quarter)
+        live = occupied[:, part] & (T > cutoff)[:, None]                 # [R, S/4]
         # the field sees these alone; to all other samples it gives σ = 0
-        s, c = nerf(x[:, i][live], d[live.nonzero()[:, 0]])
-        sigma.append(torch.zeros_like(t[:, i]).masked_scatter(live, s))
-        rgb.append(torch.zeros_like(x[:, i]).masked_scatter(live[..., None], c))
+        s, c = nerf(x[:, part][live], d[live.nonzero()[:, 0]])
+        sigma.append(torch.zeros_like(t[:, part]).masked_scatter(live, s))
+        rgb.append(torch.zeros_like(x[:, part]).masked_scatter(live[..., None], c))
         # T_i = exp(−Σ_{j<i} σ_j δ), the light that is left
         T = T * torch.exp(-sigma[-1].detach().sum(1) * delta)
     sigma, rgb = torch.cat(sigma, 1), torch.cat(rgb, 1)                  # [R, S], [R, S, 3]
@@ -719,7 +743,7 @@ def read_transforms(path, size, place_type=torch.float32):
     ValueError, with the frame and the field, where the file or a picture cannot be used.
     place_type: the dtype of the origins.
     """
-    path, what = Path(path), ""
+    path, place = Path(path), ""
     try:
         if not path.is_file():
             raise FileNotFoundError("it is no file")
@@ -729,12 +753,13 @@ def read_transforms(path, size, place_type=torch.float32):
         frames = shared.pop("frames")
         if not frames:
             raise ValueError("it has no frames")
-        first, made, parts = None, {}, []
+        first, made = None, {}
+        pictures, directions, matrices = [], [], []
         for i, frame in enumerate(frames):
-            what = f"frame {i}: "
+            place = f"frame {i}: "
             if not isinstance(frame, dict):
                 raise ValueError("it has no fields")
-            what = f"frame {i} ({frame.get('file_path')}): "
+            place = f"frame {i} ({frame.get('file_path')}): "
             file = find_picture(path.parent, frame.get("file_path"))
             pixels, *extent = read_picture(file, size, len(frames))
             first = first or extent
@@ -744,14 +769,16 @@ def read_transforms(path, size, place_type=torch.float32):
             lens = read_lens(shared, frame, *extent)
             if lens not in made:                  # most files have a single one
                 made[lens] = lens.directions(*pixels.shape[:2])
-            parts.append((pixels, made[lens], read_matrix(frame.get("transform_matrix"))))
-        what = ""
-        return posed_of(*zip(*parts), place_type)
+            pictures.append(pixels)
+            directions.append(made[lens])
+            matrices.append(read_matrix(frame.get("transform_matrix")))
+        place = ""
+        return posed_of(pictures, directions, matrices, place_type)
     except MemoryError:
         raise
     except Exception as error:                # every format of picture has errors of its own
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{path} cannot be used: {what}{kind}{error}") from error
+        raise ValueError(f"{path} cannot be used: {place}{kind}{error}") from error
 
 
 def posed_of(pixels, directions, matrices, place_type):
@@ -889,10 +916,10 @@ def fit(nerf, posed, steps=600, batch=1024, samples=64, lr=2e-2, background=None
     for step in range(steps):
         if step % 16 == 0:
             nerf.update_grid(spacing, rng)
-        chosen = torch.randint(len(pixels[0]), (batch,), generator=rng).to(device)
+        chosen = torch.randint(len(pixels[0]), (batch,), generator=rng, device="cpu").to(device)
         o, d, color, opacity = (v[chosen] for v in pixels)
         if background is None:
-            behind = torch.rand(batch, 3, generator=rng).to(device)
+            behind = torch.rand(batch, 3, generator=rng, device="cpu").to(device)
         else:
             behind = torch.as_tensor(background).to(device)
         seen = render(nerf, o, d, samples, behind, rng).rgb
@@ -921,14 +948,14 @@ def solid_pictures(kind, color, c2w, fovy=40.0, size=64):
     from tiny import solids
     truth = solids.render([kind] * len(c2w), [color] * len(c2w), lambda n: rays(c2w, fovy, n), size)
     opacity = truth.opacity[:, 0]
-    color = truth.rgb.permute(0, 2, 3, 1) - (1 - opacity)[..., None]     # they stand on white
-    return Posed(*rays(c2w, fovy, size), color, opacity)
+    rgb = truth.rgb.permute(0, 2, 3, 1) - (1 - opacity)[..., None]       # they stand on white
+    return Posed(*rays(c2w, fovy, size), rgb, opacity)
 
 
 def builtin_scene(kind, color, views=40, held_out=8, size=64, seed=0):
     """Make (pictures to learn, pictures held out) of a solid, from random sides."""
     rng = torch.Generator().manual_seed(seed)
-    elevation, azimuth = torch.rand(2, views + held_out, generator=rng)
+    elevation, azimuth = torch.rand(2, views + held_out, generator=rng, device="cpu")
     c2w = camera_to_world(90 * elevation - 20, 360 * azimuth, 2.7)
     posed = solid_pictures(kind, color, c2w, size=size)
     return some_of(posed, slice(views)), some_of(posed, slice(views, None))
@@ -985,10 +1012,10 @@ def read_scene(settings, box):
         if settings.pictures:
             raise ValueError("--pictures is for a built-in solid: of a folder all are taken")
         return into_box(*posed_folder(settings.scene, settings.size, torch.float64), box)
-    number = settings.pictures or 40
-    check_memory(number + 8, settings.size, settings.size)
+    views = settings.pictures or 40
+    check_memory(views + 8, settings.size, settings.size)
     if solid := solids.find_solid(settings.scene):
-        return *builtin_scene(*solid, number, size=settings.size, seed=settings.seed), None
+        return *builtin_scene(*solid, views, size=settings.size, seed=settings.seed), None
     raise ValueError(f"{settings.scene!r} is neither a folder nor a solid, such as "
                      f'"red mug": {", ".join(solids.COLORS)}; {", ".join(solids.KINDS)}')
 
@@ -1004,7 +1031,7 @@ def run(settings):
     nerf = NeRF(box, density="exp", blob=5.0, blob_radius=0.6, view=settings.view,
                 kernels=settings.kernels, seed=settings.seed)
     nerf.to(usable(settings.device))
-    use_triton(settings.kernels, nerf.table)
+    use_triton(settings.kernels, nerf.table)          # ValueError where the kernels cannot run
     learnt, held_out, change = read_scene(settings, box)
     name = re.sub(r"[^a-z0-9]+", "-", Path(settings.scene).name.lower()).strip("-") or "scene"
     config = {"program": "nerf.py", "settings": settings.model_dump(mode="json")}

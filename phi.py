@@ -34,7 +34,8 @@ def with_adapter(layer, rank, scale=1.0):
     from peft.tuners.lora import Conv2d, Linear
     plain, kind = plain_layer(layer), Linear
     if isinstance(plain, nn.Conv2d):
-        kind, layer.groups = Conv2d, plain.groups             # peft asks for them
+        kind = Conv2d
+        layer.groups = plain.groups                           # peft reads it
     with torch.device("meta"):                     # draws nothing from the global generator
         adapted = kind(layer, "default", LoraConfig(), r=rank, lora_alpha=rank)
     adapted.scaling["default"] = scale
@@ -98,6 +99,8 @@ class LoRAPhi(nn.Module):
                              f"not {cond!r}")
         if phi_model is not None:
             prior, cond = own_checkpoint(prior, phi_model, as_list(prompts), cond)
+        if not isinstance(camera, int) or camera < 0:
+            raise ValueError(f"camera is the length of a camera's vector, or 0, not {camera!r}")
         if camera and prior.family.network != "unet":
             raise ValueError(f"{prior.name}: a φ that knows the camera needs a UNet")
         self.prior, self.cond, self.camera = prior, cond, camera
@@ -113,7 +116,7 @@ class LoRAPhi(nn.Module):
         if camera:
             width = self.network.time_embedding.linear_2.out_features
             embedding = untrained(lambda: TimestepEmbedding(camera, width), rng)
-            nn.init.zeros_(embedding.linear_2.weight)             # nor does the camera
+            nn.init.zeros_(embedding.linear_2.weight)    # step 0: the camera changes nothing
             nn.init.zeros_(embedding.linear_2.bias)
             self.network.class_embedding = embedding.to(prior.device)
             if phi_init is not None:
@@ -126,7 +129,7 @@ class LoRAPhi(nn.Module):
 
         ValueError where the prior has no such layers, and for a rank of 0 or 2.5.
         """
-        if not isinstance(rank, int) or rank < 1:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"rank is a whole number, at least 1, not {rank!r}")
         # A ~ N(0, 1/r²) and B = 0, as in diffusers' LoRA layers and in ProlificDreamer
         targets = as_list(targets)
@@ -167,8 +170,8 @@ class LoRAPhi(nn.Module):
         return {name: self.network.get_submodule(name) for name in self.adapted}
 
     def forward(self, x_t, t, cond, eps, camera=None, answers=None):
-        # in 3D the prompt without the view: φ is given the camera instead
-        cond = cond if self.cond is None else self.cond.expand(len(x_t), -1, -1)
+        if self.cond is not None:         # in 3D the plain prompt: φ is told the camera, no view
+            cond = self.cond.expand(len(x_t), -1, -1)
         extra = {"class_labels": camera} if self.camera else {}
         return self.prior.eps_of(self.network, x_t, t, cond, **extra)
 
@@ -177,23 +180,25 @@ class LoRAPhi(nn.Module):
         from diffusers.utils import convert_state_dict_to_diffusers
         from safetensors.torch import save_file
         Path(folder).mkdir(parents=True, exist_ok=True)       # an error where it is a file
-        part, named, ranks, alphas = self.prior.family.network, {}, {}, {}
+        part = self.prior.family.network
+        named, ranks, alphas = {}, {}, {}
         for name, layer in self.layers().items():
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             named[f"{name}.lora_A.weight"] = down.detach()
             named[f"{name}.lora_B.weight"] = up.detach()
             ranks[name], alphas[name] = len(down), len(down) * layer.scaling["default"]
-        # a UNet's LoRA goes out in the names that diffusers has used since its first LoRA
-        older = convert_state_dict_to_diffusers(named) if part == "unet" else named
-        if not any(".lora_A" in key for key in older):     # not where it could only name some so
-            named = older
-        words = {f"{part}_lora_layers": named}
+        if part == "unet":
+            # in the names that diffusers has used since its first LoRA, if it has all of them
+            older = convert_state_dict_to_diffusers(named)
+            if not any(".lora_A" in key for key in older):
+                named = older
+        options = {f"{part}_lora_layers": named}
         if ranks != alphas:                                   # scales that are not 1 must be said
-            words[f"{part}_lora_adapter_metadata"] = {
+            options[f"{part}_lora_adapter_metadata"] = {
                 "r": max(ranks.values()), "lora_alpha": max(ranks.values()),
                 "target_modules": list(ranks), "rank_pattern": exactly(ranks),
                 "alpha_pattern": exactly(alphas)}
-        self.prior.pipe.save_lora_weights(folder, **words)
+        self.prior.pipe.save_lora_weights(folder, **options)
         if self.camera:
             save_file(self.network.class_embedding.state_dict(),
                       Path(folder) / "camera.safetensors")
@@ -205,10 +210,10 @@ class LoRAPhi(nn.Module):
         """
         found = read_lora(self.prior.pipe, self.prior.family.network, folder)
         layers = self.layers()
-        theirs = {name: (len(adapter.down), adapter.scale) for name, adapter in found.items()}
-        own = {name: (layer.r["default"], layer.scaling["default"])
-               for name, layer in layers.items()}
-        if theirs != own:
+        given = {name: (len(adapter.down), adapter.scale) for name, adapter in found.items()}
+        expected = {name: (layer.r["default"], layer.scaling["default"])
+                    for name, layer in layers.items()}
+        if given != expected:
             raise ValueError(f"{folder}: a LoRA of other layers, another rank or another scale "
                              "than φ's: phi_init makes a φ like it")
         for name, layer in layers.items():
@@ -217,7 +222,10 @@ class LoRAPhi(nn.Module):
             self.load_camera(folder)
 
     def load_camera(self, folder):
-        """The embedding of the camera, where a φ was saved with one; else it stays as it is."""
+        """Read the camera's embedding, if φ was saved with one.
+
+        A LoRA that was trained elsewhere has none: the embedding stays as it is.
+        """
         from safetensors.torch import load_file
         file = Path(folder) / "camera.safetensors"
         if file.is_file():
@@ -229,30 +237,30 @@ def can_adapt(module):
 
 
 def exactly(values):
-    """peft's patterns of names, each for one layer."""
+    """{layer: value} -> {peft's pattern of names: value}, each pattern for that layer alone."""
     return {f"^{re.escape(name)}": value for name, value in values.items()}
 
 
 def own_checkpoint(prior, place, prompts, cond):
     """-> φ's own Prior, and what φ is told. ValueError where it does not fit beside the loop's."""
     height, width = prior.image_size
-    own = Prior.from_pretrained(place, prior.device, prior.dtype,
-                                size=height if height == width else None)
-    if own.shape != prior.shape:
-        raise ValueError(f"{place} has latents of {own.shape}, {prior.name} of {prior.shape}")
+    phi_prior = Prior.from_pretrained(place, prior.device, prior.dtype,
+                                      size=height if height == width else None)
+    if phi_prior.shape != prior.shape:
+        raise ValueError(f"{place} has latents of {phi_prior.shape}, {prior.name} of {prior.shape}")
     for name in ("alphas", "sigmas", "center", "scale"):
-        if not alike(getattr(own, name), getattr(prior, name)):
+        if not alike(getattr(phi_prior, name), getattr(prior, name)):
             raise ValueError(f"{place} has another noise schedule, or another scale of its "
                              f"latents, than {prior.name}")
     texts = ["", *prompts[:1]]
-    if not alike(own.encode_text(texts), prior.encode_text(texts)):
+    if not alike(phi_prior.encode_text(texts), prior.encode_text(texts)):
         if len(prompts) != 1:
             raise ValueError(f"{place} reads text in another way than {prior.name}: its φ takes "
                              f"one prompt, not {len(prompts)}")
-        cond = own.encode_text(prompts)
-    own.vae.to("cpu")                                  # φ needs its network alone
-    own.release_text_encoders()
-    return own, cond
+        cond = phi_prior.encode_text(prompts)
+    phi_prior.vae.to("cpu")                            # φ needs its network alone
+    phi_prior.release_text_encoders()
+    return phi_prior, cond
 
 
 def alike(a, b):
@@ -271,15 +279,16 @@ class EmbeddingPhi(nn.Module):
 
     def __init__(self, prior, prompts, tokens=4, checkpointing=False):
         super().__init__()
-        if not as_list(prompts):
-            raise ValueError("an embedding φ starts at its prompt: EmbeddingPhi(prior, prompt)")
+        if not isinstance(prompts, (str, list, tuple)) or not as_list(prompts):
+            raise ValueError("an embedding φ starts at its prompt: EmbeddingPhi(prior, prompt), "
+                             f"not {prompts!r}")
         if prior.family.read is None:
             raise ValueError(f"{prior.name}: an embedding φ needs CLIP's text encoders: use a LoRA")
         self.prior = prior
         self.encoders, self.tables, self.ids = [], [], []      # tables: names; ids [1, L]
         self.words = nn.ParameterList()
         for encoder, tokenizer in readers_of(prior.pipe):
-            tokenizer = copy.deepcopy(tokenizer)     # it keeps its padding, for all threads alike
+            tokenizer = copy.deepcopy(tokenizer)     # as padding= below stays set in it
             table = encoder.get_input_embeddings().weight
             limit = tokenizer.model_max_length
             if not (isinstance(tokens, int) and 1 <= tokens <= limit - 2):
@@ -295,7 +304,7 @@ class EmbeddingPhi(nn.Module):
             self.ids.append(torch.tensor([ids], device=prior.device))
             self.tables.append(next(name for name, p in encoder.named_parameters() if p is table))
             self.encoders.append(encoder)
-        self.view = None                   # the prior's own, but where it has to change
+        self.view = None                   # None: the prior's network itself serves
         if checkpointing:
             self.view = second_view(prior.network)
             self.view.enable_gradient_checkpointing()
@@ -304,7 +313,7 @@ class EmbeddingPhi(nn.Module):
         """-> [1, L, C]: the prompt that consists of the learnable words."""
         outputs = []
         for encoder, name, words, ids in zip(self.encoders, self.tables, self.words, self.ids):
-            if encoder.device != self.prior.device:                # it had left after the prompts
+            if encoder.device != self.prior.device:     # release_text_encoders has moved it
                 encoder.to(self.prior.device)
             table = encoder.get_parameter(name)
             longer = torch.cat([table, words.to(table.dtype)])
@@ -336,29 +345,33 @@ class EmbeddingPhi(nn.Module):
         from safetensors.torch import load_file
         found = load_file(Path(folder) / "learned_embeds.safetensors")
         shapes = [tuple(found[name].shape) for name in self.names() if name in found]
-        own = [tuple(words.shape) for words in self.words]
-        if shapes != own:
-            raise ValueError(f"{folder}: words {shapes}, φ has {own}")
+        expected = [tuple(words.shape) for words in self.words]
+        if shapes != expected:
+            raise ValueError(f"{folder}: words {shapes}, φ has {expected}")
         with torch.no_grad():
             for name, words in zip(self.names(), self.words, strict=True):
                 words.copy_(found[name])
 
 
 def untrained(make, rng):
-    """make(), a network, on the CPU, with the values that torch gives its layers: drawn from rng
-    alone, as the global generator is everybody's."""
+    """make(), a network, on the CPU, with values as torch's defaults, but drawn from rng alone.
+
+    torch would draw them from the global generator, which is everybody's.
+    """
     with torch.device("meta"):
         network = make()
     network.to_empty(device="cpu")
     with torch.no_grad():
         for layer in network.modules():
             weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-            for p in (v for v in (weight, bias) if v is not None):
+            for p in (weight, bias):
+                if p is None:
+                    continue
                 if weight.dim() > 1:                              # nn.Linear's and nn.Conv2d's
                     bound = weight[0].numel() ** -0.5
                     p.uniform_(-bound, bound, generator=rng)
                 else:                                             # a normalisation's
-                    p.fill_(float(p is weight))
+                    p.fill_(1.0 if p is weight else 0.0)
     return network
 
 

@@ -177,11 +177,17 @@ def check_parts(pipe, network):
 
 
 def check_text(pipe):
-    """Set a CLIP tokenizer's length where it has none. UserError for tokens that do not fit."""
+    """Set a CLIP tokenizer's length where it has none, and a CLIP encoder's end token where it is
+    wrong. UserError for tokens that do not fit."""
     for encoder, tokenizer in readers_of(pipe):
         if is_clip(encoder):
             positions = encoder.config.max_position_embeddings
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+            # 2 stands in old configs by mistake (SDXL's, too): transformers then takes the token of
+            # the largest number for the end, and so EmbeddingPhi's words, which are numbered above
+            for module in encoder.modules():
+                if getattr(module, "eos_token_id", None) == 2:
+                    module.eos_token_id = tokenizer.eos_token_id
         if tokenizer.model_max_length < 3:
             raise UserError(f"has a tokenizer whose model_max_length is "
                             f"{tokenizer.model_max_length}: no prompt fits")
@@ -225,11 +231,13 @@ def kind_of(value):
 
 
 def check_images(images):
-    """ValueError for what is no floats [B, 3, height, width]."""
-    if not torch.is_tensor(images) or images.dim() != 4 or images.shape[1] != 3 \
-            or not images.is_floating_point():
+    """ValueError for what is no floats [B, 3, height, width], all finite."""
+    if not (torch.is_tensor(images) and images.is_floating_point()
+            and images.dim() == 4 and images.shape[1] == 3):
         raise ValueError("images are floats [B, 3, height, width] in [0, 1], not "
                          f"{kind_of(images)}")
+    if not images.isfinite().all():
+        raise ValueError("images have values that are not finite")
 
 
 def check_start(images, particles, rng):
@@ -237,7 +245,7 @@ def check_start(images, particles, rng):
 
     A little beyond is no mistake: a resized picture overshoots.
     """
-    if not isinstance(particles, int) or particles < 1:
+    if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
         raise ValueError(f"particles is a whole number, at least 1, not {particles!r}")
     if rng is not None and not isinstance(rng, torch.Generator):
         raise ValueError(f"rng is a torch.Generator on the CPU, not {rng!r}")
@@ -257,8 +265,9 @@ class Prior:
     of a square picture, by default those the checkpoint names. Attributes: network (UNet or
     transformer), vae, pipe; alphas, sigmas [T] float32, rising with t, α never 0; shape = (C, H, W)
     of x0; image_size = (height, width) in pixels. What changes in the pipe: its parts are set to
-    eval() and need no gradients, and a CLIP tokenizer without a maximal length gets its encoder's.
-    UserError where the pipe cannot serve as a prior.
+    eval() and need no gradients, a CLIP tokenizer without a maximal length gets its encoder's, a
+    CLIP encoder whose end token is the old mistake, 2, its tokenizer's, and a float16 VAE is made
+    float32, as Stable Diffusion's overflows. UserError where the pipe cannot serve as a prior.
 
     cond is one tensor [B, L, C]: the tokens, and below them what else the family tells its network
     of the prompt (the pooled vector), filled up with zeros to rows of the same width. So whoever
@@ -275,6 +284,9 @@ class Prior:
         check_text(pipe)
         for module in modules_of(pipe).values():
             module.requires_grad_(False).eval()
+        # Stable Diffusion's VAE overflows in half precision, and decodes black pictures then
+        if self.vae.dtype == torch.float16:
+            self.vae.float()
         self.patch = 2 if hasattr(self.vae, "bn") else 1           # FLUX.2 folds 2 x 2 latents
         self.image_size, self.shape = self.choose_size(size)
         self.alphas, self.sigmas = (v.to(self.device) for v in self.schedule())
@@ -307,20 +319,22 @@ class Prior:
         folder, whatever load_lora_weights takes; lora_scale: its weight. safetensors only. Raises
         UserError where the model cannot be loaded, or where its parts do not fit together.
         """
-        # what would be ignored in silence, or taken for something else; a dtype "float16" would
-        # leave the VAE in half precision, which overflows
+        # what would be ignored in silence, or taken for something else
         if lora is None and lora_scale != 1:
             raise UserError(f"a lora_scale of {lora_scale:g} without a lora (--lora) does nothing")
         if not isinstance(dtype, (torch.dtype, type(None))):
             raise UserError(f"dtype is a torch.dtype, such as torch.float16, not {dtype!r}")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+        device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # now, and not as an error of the last part that is moved there
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {device} cannot be used: {one_line(error, 90)}") from error
+        dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
         with torch.device("cpu"):                # whatever the caller's default device is
             pipe = load_pipeline(path_or_name, dtype, config, FAMILIES, HERE)
             if lora is not None:
                 add_lora(pipe, lora, lora_scale)
-        if dtype == torch.float16:
-            pipe.vae.float()              # Stable Diffusion's VAE overflows in half precision
         try:
             prior = cls(pipe.to(device), str(path_or_name), size)
             prior.try_out()
@@ -446,8 +460,8 @@ class Prior:
         center, scale = (torch.as_tensor(v, dtype=torch.float32, device="cpu")
                          for v in (center, scale))
         # a scale of 0, NaN or 1e308 makes black pictures, and no error
-        size = scale.abs()
-        if not (center.abs().max() < 1e6 and size.min() > 1e-6 and size.max() < 1e6):
+        magnitude = scale.abs()
+        if not (center.abs().max() < 1e6 and magnitude.min() > 1e-6 and magnitude.max() < 1e6):
             raise UserError("has a VAE whose units (scaling_factor, shift_factor, mean, std) are "
                             "zero, not finite, or out of all proportion")
         return center[None, :, None, None], scale[None, :, None, None]
@@ -475,7 +489,8 @@ class Prior:
         """
         if isinstance(prompts, str):
             prompts = [prompts]
-        if not isinstance(prompts, (list, tuple)) or {str} != {type(text) for text in prompts}:
+        if not (isinstance(prompts, (list, tuple)) and prompts
+                and all(isinstance(text, str) for text in prompts)):
             raise ValueError(f"no prompt is given, but {prompts!r}: a text, or a list of texts; "
                              "\"\" is the null prompt")
         for prompt in prompts:
@@ -489,7 +504,8 @@ class Prior:
             cut = text_cut(self.pipe, prompt)
             tokens, pooled = self.family.encode(self.pipe, prompt, self.text_device)
         if cut is not None:
-            note(f"the text encoder reads {cut[0]} tokens of a prompt: not \"{cut[1]}\"")
+            limit, lost = cut
+            note(f"the text encoder reads {limit} tokens of a prompt: not \"{lost}\"")
         return self.pack(tokens, pooled)[0].to(self.device)
 
     def pack(self, tokens, pooled):
@@ -506,11 +522,11 @@ class Prior:
         """The inverse of pack."""
         if not self.pooled:
             return cond, None
-        rows = -(-self.pooled // cond.shape[2])
+        rows = math.ceil(self.pooled / cond.shape[2])
         return cond[:, :-rows], cond[:, -rows:].flatten(1)[:, :self.pooled]
 
     def release_text_encoders(self):
-        """To the CPU, as every prompt is encoded; a φ that learns words brings them back.
+        """Move them to the CPU, once all prompts are encoded; EmbeddingPhi moves them back.
 
         They are a large part of the memory: SD3's T5 is more than twice its network.
         """
@@ -524,17 +540,17 @@ class Prior:
         A word that it knows is one token between the start and the end token.
         """
         tokenizer = self.pipe.tokenizer
-        # letters, or a sign that is no letter, such as an emoji; not "2" or "!"
-        words = re.findall(r"[^\W\d_]+|[^\w\s\x00-\x7f]", prompt.lower())
         if len(tokenizer) >= 20_000:
             return []
+        # letters, or a sign that is no letter, such as an emoji; not "2" or "!"
+        words = re.findall(r"[^\W\d_]+|[^\w\s\x00-\x7f]", prompt.lower())
         return [word for word in words if len(tokenizer(word).input_ids) > 3]
 
     def nearest_words(self, word):
-        """The three words of the vocabulary that are spelt most like a word; fewer if it has."""
+        """At most three words of the vocabulary: those spelt most like a word."""
         whole = {token.removesuffix("</w>") for token in self.pipe.tokenizer.get_vocab()
                  if re.fullmatch(r"[a-z]{3,}</w>", token)}
-        # the pieces from which it put the long words together are their ends
+        # without the pieces of which it makes words: they are the ends of longer words
         ends = {longer[i:] for longer in whole for i in range(1, len(longer))}
         return difflib.get_close_matches(word, whole - ends, 3, cutoff=0.1)
 
@@ -542,7 +558,7 @@ class Prior:
         """RGB [B, 3, height, width] in [0, 1] -> x0 [B, C, H, W] float32, the VAE's mean.
 
         The whole batch at once, as gradients may flow: --pixels needs memory for all pictures.
-        ValueError for what is no floats [B, 3, height, width].
+        ValueError for what is no floats [B, 3, height, width], all finite.
         """
         check_images(images)
         with full_precision():
@@ -567,8 +583,8 @@ class Prior:
     def eps(self, x_t, t, cond):
         """ε(x_t; y, t): x_t [B, C, H, W], t [B], cond [B, L, C] from encode_text -> like x_t.
 
-        An int t is that of all. Raises ValueError where the canvas is not the checkpoint's, the
-        batches differ, or there is no such t.
+        An int t holds for all samples. Raises ValueError where the canvas is not the checkpoint's,
+        the batches differ, or there is no such t.
         """
         if not torch.is_tensor(cond) or cond.dim() != 3:
             raise ValueError("cond is prompt embeddings [B, L, C], from encode_text([…])")
@@ -591,7 +607,7 @@ class Prior:
         return self.eps_of(self.network, x_t, t, cond)
 
     def eps_of(self, network, x_t, t, cond, **kwargs):
-        """The same for another view of the network, φ's, whatever the canvas."""
+        """eps() by φ's view of the network, on a canvas of any size."""
         levels = self.alpha_sigma(t)             # ValueError for a wrong t, before the network
         with full_precision():
             dtype = self.dtype                   # looks at all weights: once is enough
@@ -663,7 +679,7 @@ def repeated(start, particles):
     """
     if particles % len(start):
         raise ValueError(f"{particles} particles cannot start from {len(start)} pictures alike")
-    return start.repeat(particles // len(start), *[1] * (start.dim() - 1))
+    return torch.cat([start] * (particles // len(start)))
 
 
 # -------------------------------------------------------------------------- sampling from the prior
@@ -679,15 +695,17 @@ def ode_end(eps_of, x_t, t, steps, alpha_sigma, eps=None):
     eps_of(x, t) -> ε; alpha_sigma(t) -> (α_t, σ_t); eps: ε at x_t, where it is known already. One
     step is one_step_x0. Source: DDIM, arXiv 2010.02502, Eq. 12 with η = 0.
     """
-    if steps < 1:
-        raise ValueError(f"the ODE takes at least 1 step, not {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"the ODE takes a whole number of steps, at least 1 step, not {steps!r}")
     for k in range(steps, 0, -1):
         now = t * k // steps
-        eps = eps_of(x_t, now) if eps is None else eps
+        if eps is None:
+            eps = eps_of(x_t, now)
         x0 = one_step_x0(x_t, eps, *alpha_sigma(now))
-        # x_{t'} = α_{t'} x̂0 + σ_{t'} ε;  the last step goes to α = 1, σ = 0
+        # x_{t'} = α_{t'} x̂0 + σ_{t'} ε;  of the last step x̂0 is the end
         alpha_t, sigma_t = alpha_sigma(t * (k - 1) // steps)
-        x_t, eps = alpha_t * x0 + sigma_t * eps, None
+        x_t = alpha_t * x0 + sigma_t * eps
+        eps = None
     return x0
 
 
@@ -696,8 +714,14 @@ def ddim_samples(prior, prompts, x_T, steps=50, lam=3.0):
     """Text-to-image by the deterministic DDIM sampler from noise x_T [B, C, H, W] -> x0.
 
     What distillation is compared with: the pictures that the prior itself makes of the prompts.
+    prompts: B texts. ValueError for another number of them, and for numbers that are not finite.
     """
+    # NaN would go through all steps without an error
+    if not (torch.is_tensor(x_T) and x_T.isfinite().all() and math.isfinite(lam)):
+        raise ValueError("x_T is a tensor of finite numbers, and lam a finite number")
     y, null = prior.encode_text(prompts), prior.encode_text([""])
+    if len(x_T) != len(y):
+        raise ValueError(f"{len(y)} prompts for {len(x_T)} pictures of noise: one for each")
     t = torch.full((len(y),), prior.steps - 1, device=prior.device)
 
     def eps_of(x, t):
@@ -721,7 +745,7 @@ def compile_blocks(network):
 
 
 def usable(device):
-    """A --device, checked; None or "auto": cuda where there is one. Raises UserError.
+    """The device of a --device; None or "auto": cuda where there is one. Raises UserError.
 
     Of several processes each gets the device of its own number on its machine.
     """

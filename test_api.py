@@ -174,6 +174,33 @@ def test_what_a_generator_returns(tiny, make, words):
         asd.distill(tiny, Other(make), tiny.encode_text("a fox"), "sds")
 
 
+@pytest.mark.parametrize("make, words", [
+    (lambda x: None, "x0 is [B, C, H, W], not a NoneType"),
+    (lambda x: x[0], "x0 is [B, C, H, W], not [4, 16, 16]"),
+    (lambda x: x.detach(), "x0 must depend on its parameters"),
+    (lambda x: asd.Samples(x), "x0 is [B, C, H, W], not a Samples")])
+def test_what_a_generator_returns_to_algorithm_1(tiny, make, words):
+    rng = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        asd.algorithm_1(tiny, Other(make), tiny.encode_text("a fox"), asd.NoisePhi(), "sds", rng)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"phi": None}, "phi is an nn.Module, not None"),
+    ({"phi": lambda x_t, t, cond, eps: eps}, "phi is an nn.Module, not <function"),
+    ({"generator": lambda: torch.zeros(2, 4, 16, 16)}, "generator is an nn.Module"),
+    ({"cond": torch.zeros(3, 32, 128)}, "3 prompts for 2 samples"),
+    ({"cond": torch.zeros(1, 77, 768)}, "[77, 768], those of this prior [32, 128]"),
+    ({"phi": nn.Linear(1, 1), "real": torch.zeros(5, 3, 64, 64)},
+     "real is [5, 3, 64, 64], the generator's x0 [2, 4, 16, 16]")], ids=str)
+def test_what_does_not_fit_in_algorithm_1(tiny, options, words):
+    arguments = {"generator": Fixed(2, 4, 16, 16), "cond": tiny.encode_text("a fox"),
+                 "phi": asd.NoisePhi()} | options
+    rng = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        asd.algorithm_1(tiny, method="asd", rng=rng, **arguments)
+
+
 class OtherPhi(asd.NoisePhi):
     """A φ that answers with a channel alone, or with nothing."""
     def __init__(self, make):
@@ -194,7 +221,11 @@ class OtherPhi(asd.NoisePhi):
     ({"phi": OtherPhi(lambda x_t: None)}, "φ predicts a NoneType at x_t"),
     ({"micro_batch": 1.5}, "micro_batch must be at least 1, not 1.5"),
     ({"micro_batch": "1"}, "micro_batch must be at least 1, not '1'"),
-    ({"seed": 1.5}, "seed is a whole number, not 1.5"), ({"seed": None}, "seed is a whole number"),
+    ({"seed": 1.5}, "seed is a whole number below 2^63, not 1.5"),
+    ({"seed": None}, "seed is a whole number"), ({"seed": 2 ** 70}, "below 2^63, not 118"),
+    ({"callback": "print"}, "callback is a function, not 'print'"),
+    ({"state": "x"}, "state is a State, not 'x'"),
+    ({"second": asd.NoisePhi()}, "second is a Discriminator, not NoisePhi()"),
     ({"second": asd.Discriminator(asd.NoisePhi(), torch.zeros(2, 32, 128))},
      "2 source prompts for 1 samples"),
     ({"second": asd.Discriminator(asd.NoisePhi(), torch.zeros(1, 32, 128), at="source")},
@@ -279,7 +310,8 @@ def test_what_are_no_images(tiny, images, words):
 @pytest.mark.parametrize("kind", [asd.Latents, asd.Pixels])
 @pytest.mark.parametrize("images, particles, words", [
     (255 * IMAGE, 1, "images lie in [0, 1], these in 127.5 … 127.5"),
-    (-IMAGE, 1, "these in -0.5 … -0.5"), (IMAGE * math.nan, 1, "these in nan … nan"),
+    (-IMAGE, 1, "these in -0.5 … -0.5"),
+    (IMAGE * math.nan, 1, "images have values that are not finite"),
     (IMAGE[:0], 1, "images are none at all"), (IMAGE, 0, "at least 1, not 0"),
     (None, 0, "at least 1, not 0"), (None, -1, "at least 1, not -1"),
     (None, 2.0, "particles is a whole number, at least 1, not 2.0")])
@@ -348,6 +380,22 @@ def test_an_edit_of_other_methods_and_prompts(tiny):
     (lambda prior: prior.eps(IMAGE, 5, prior.encode_text(["a fox"])[:, :5]),
      "cond has 5 rows, but a prompt of tiny-sd has 32"),
     (lambda prior: ddim_samples(prior, "a fox", torch.zeros(1, 4, 16, 16), 0), "at least 1 step"),
+    (lambda prior: ddim_samples(prior, ["a fox"] * 3, torch.zeros(2, 4, 16, 16)),
+     "3 prompts for 2 pictures of noise"),
+    (lambda prior: prior.encode_image(torch.full((1, 3, 64, 64), math.nan)), "are not finite"),
+    (lambda prior: asd.LoRAPhi(prior, camera=-1), "camera is the length of a camera's vector"),
+    (lambda prior: asd.LoRAPhi(prior, rank=True), "rank is a whole number, at least 1, not True"),
+    (lambda prior: asd.EmbeddingPhi(prior, 5), "EmbeddingPhi(prior, prompt), not 5"),
+    (lambda prior: ddim_samples(prior, "a fox", torch.zeros(1, 4, 16, 16), lam=math.nan),
+     "lam a finite number"),
+    (lambda prior: ddim_samples(prior, "a fox", IMAGE * math.nan), "x_T is a tensor of finite"),
+    (lambda prior: ddim_samples(prior, "a fox", torch.zeros(1, 4, 16, 16), 2.5), "a whole number"),
+    (lambda prior: asd.Latents(prior, True), "particles is a whole number"),
+    (lambda prior: asd.Discriminator(None, prior.encode_text("a")), "phi is an nn.Module"),
+    (lambda prior: asd.Discriminator(asd.NoisePhi(), prior.encode_text("a"), gamma="x"),
+     "gamma is a number, not 'x'"),
+    (lambda prior: asd.State(asd.Latents(prior), asd.NoisePhi(), "sds", 5), "rng is a torch.Gen"),
+    (lambda prior: editing.edit(prior, IMAGE, ["a"], ["b"], "dds", seed="a"), "seed is a whole"),
     (lambda prior: asd.EmbeddingPhi(prior, []), "an embedding φ starts at its prompt"),
     (lambda prior: asd.LoRAPhi(prior, cond="a fox"), "cond is prompt embeddings [1, L, C]"),
     (lambda prior: asd.LoRAPhi(prior, targets="to_x"), "no layers named to_x"),
@@ -364,6 +412,9 @@ def test_other_mistakes_are_value_errors(tiny, call, words):
 
 @pytest.mark.parametrize("options, words", [
     ({"lora_scale": 0.5}, "a lora_scale of 0.5 without"), ({"dtype": "float16"}, "'float16'"),
+    ({"device": "gpu"}, "device gpu cannot be used: Expected one of cpu"),
+    ({"path_or_name": 5}, "a model is a name"),
+    ({"path_or_name": "./nosuch"}, "./nosuch: there is no such folder or file"),
     ({"path_or_name": ""}, "the name of the model is empty"), ({"size": 64.0}, "a size of 64.0"),
     ({"size": (64, 64)}, "a size of (64, 64)"), ({"config": "x"}, "config x is for a model in")])
 def test_what_no_prior_can_be_made_of(options, words):
@@ -500,6 +551,20 @@ def test_ctrl_c_is_not_lost_in_an_import(tmp_path, command):
                           env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert (done.returncode, done.stderr) == (130, f"{command}.py: stopped\n")
+
+
+def test_several_quick_ctrl_c_are_one_line(tmp_path):
+    """Also those that come while Python ends: what is there to be stopped has been stopped."""
+    (tmp_path / "stop.py").write_text(
+        f"import sys, runpy, signal\nsys.path.insert(0, {str(HERE)!r})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import atexit\natexit.register(signal.raise_signal, signal.SIGINT)\n"
+        "import asd\n"
+        "def stopped(*args, **options):\n    raise KeyboardInterrupt\n"
+        "import cli.run\ncli.run.start = stopped\n"
+        "import cli.start\nsys.exit(asd.main(['--prompt', 'a']))\n")
+    done = subprocess.run([sys.executable, tmp_path / "stop.py"], text=True, capture_output=True)
+    assert (done.returncode, done.stderr.strip()) == (130, "asd.py: stopped")
 
 
 @pytest.mark.parametrize("command", ["asd", "nerf"])

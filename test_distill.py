@@ -1334,21 +1334,31 @@ def test_a_phi_that_compares_all_samples_gets_them_at_once():
     assert [len(heard.x_t) for heard in phi.heard] == [5] and prior.batches == [4, 4, 2]
 
 
-PROCESS_CASES = {                              # of the loop, and whether there are real samples
-    "asd": ({}, False), "asd with real samples": ({"phi_steps": 2}, True),
-    "vsd, shared noise": ({"gamma": 0.0, "share_noise": True}, False)}
+PROCESS_CASES = {                              # of the loop, and what it has besides
+    "asd": ({}, None), "asd with real samples": ({"phi_steps": 2}, "real"),
+    "vsd, shared noise": ({"gamma": 0.0, "share_noise": True}, None),
+    "a source prompt for each": ({}, "second")}
 
 
-def run_process_case(changes, with_real, micro_batch=None):
+def run_process_case(changes, more, micro_batch=None):
     """12 steps of five particles with a regulariser. -> {name: tensor}, of the metrics, too"""
-    prior = ElementwisePrior()
+    prior, second = ElementwisePrior(), None
     generator = particles_with_everything(prior, 5)
     generator.regulariser = lambda: generator.theta.square().mean()
+    if more == "second":
+        second = replace(second_of(prior), cond=generator.fields.pop("source_cond"))
     state, logs = run_elementwise(method_of(steps=12, **changes), generator, prior=prior,
-                                  real=normal(4, 2, 3, 3) if with_real else None,
-                                  micro_batch=micro_batch)
+                                  real=normal(4, 2, 3, 3) if more == "real" else None,
+                                  second=second, micro_batch=micro_batch)
     metrics = torch.tensor([[log["grad_norm"], log["loss_D"]] for log in logs])
     return tensors(state) | {"metrics": metrics.double()}
+
+
+class Undivided(Particles):
+    """Four samples that cannot be divided among processes."""
+    def __init__(self):
+        super().__init__(4)
+        del self.batch
 
 
 def run_in_a_process(rank, world, folder):
@@ -1356,14 +1366,12 @@ def run_in_a_process(rank, world, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}",
                                          rank=rank, world_size=world)
-    for name, (changes, with_real) in PROCESS_CASES.items():
-        end = run_process_case(changes, with_real, micro_batch=2)
+    for name, (changes, more) in PROCESS_CASES.items():
+        end = run_process_case(changes, more, micro_batch=2)
         save_file(end, f"{folder}/{name}-{world}-{rank}.safetensors")
+    if world == 1:                            # it asks no more than no world
+        run_elementwise(method_of("sds", steps=1), Undivided())
     if world > 1:
-        class Undivided(Particles):
-            def __init__(self):
-                super().__init__(4)
-                del self.batch
         whole = NoisePhi()
         whole.whole = True
         for words, generator, phi in (
@@ -1414,6 +1422,16 @@ def test_the_loop_has_gradients_under_no_grad(prior):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(same(tensors(state), tensors(states[0])) for state in states)
+
+
+def test_a_prompt_encoded_in_inference_mode_serves(folders):  # noqa: F811
+    """φ learns from it, in both loops."""
+    prior = Prior.from_pretrained(folders["epsilon"], "cpu")
+    with torch.inference_mode():
+        cond = prior.encode_text([PROMPT])
+    row = method_of(steps=1)
+    asd.distill(prior, Latents(prior, 1, rng()), cond, row, phi=LoRAPhi(prior))
+    asd.algorithm_1(prior, Latents(prior, 1, rng()), cond, LoRAPhi(prior), row, rng())
 
 
 def test_distill_makes_phi_and_state_itself(prior, monkeypatch):

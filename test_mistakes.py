@@ -523,6 +523,19 @@ def test_kept_sources_that_are_others_are_refused(refused, model, edit_once, dam
     refused(editing, "--resume", "run", "--steps", 2, part="sources.safetensors")
 
 
+def test_a_resumed_network_keeps_its_own_sources(refused, model, edit_once):    # noqa: F811
+    """The checkpoint has them: whatever lies in sources.safetensors, the end is the same."""
+    ends = []
+    for folder in ("run", "again"):
+        shutil.copytree(edit_once, folder)
+        if folder == "again":
+            path = Path("again/sources.safetensors")
+            save_file({"x0": torch.randn(load_file(path)["x0"].shape)}, path)
+        assert editing.main(["--resume", folder, "--steps", "2"]) == 0
+        ends.append(Path(folder, "edited.png").read_bytes())
+    assert ends[0] == ends[1]
+
+
 def broken_chunk():
     """Return a PNG whose second chunk says that it has no content."""
     stream = io.BytesIO()
@@ -626,7 +639,28 @@ def test_what_the_model_refuses_leaves_nothing(cli, flags, part):               
 
 def test_lost_model_is_one_line(cli, no_network):                               # noqa: F811
     one_line(cli("--model", "no/such-model"), "'no/such-model'", "mirror", "local diffusers folder")
-    one_line(cli("--model", "/no/such/folder"), "'/no/such/folder'")
+    one_line(cli("--model", "/no/such/folder"), "/no/such/folder: there is no such folder or file")
+
+
+@pytest.mark.parametrize("file, changes, words", [
+    ("tokenizer/tokenizer_config.json", None, "tokenizer cannot be loaded: JSONDecodeError"),
+    ("unet/config.json", {"norm_num_groups": 7}, "unet cannot be loaded: ValueError: num_channels"),
+    ("text_encoder/config.json", {"num_attention_heads": 3}, "text_encoder cannot be loaded"),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "sawtooth"},
+     "scheduler cannot be loaded: NotImplementedError: sawtooth"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"},
+     "scheduler_config.json: num_train_timesteps is '1000', not a number of steps"),
+    ("scheduler/scheduler_config.json", {"beta_start": "0.1"}, "beta_start is '0.1', and must be"),
+    ("model_index.json", {"scheduler": None}, "model_index.json names no scheduler")])
+def test_a_part_that_cannot_be_loaded_is_named(cli, model, tmp_path, file, changes, words):  # noqa: F811
+    path = shutil.copytree(model, tmp_path / "model") / file
+    if changes is None:
+        path.write_text(path.read_text()[:40])
+    else:
+        config = json.loads(path.read_text()) | changes
+        config = {name: value for name, value in config.items() if value is not None}
+        path.write_text(json.dumps(config))
+    one_line(cli("--model", tmp_path / "model"), words)
 
 
 def test_broken_model_is_one_line(cli, model, tmp_path):                        # noqa: F811

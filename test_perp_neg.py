@@ -43,7 +43,8 @@ def test_perp_neg_by_hand_and_every_wrong_sign_is_noticed():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_perp_neg_of_no_weight_changes_no_bit(dtype):
     uncond, y, *others = (v.to(dtype) for v in noise(0, (3, 4, 8, 8), 4))
-    assert torch.equal(asd.perp_neg(uncond, y, others, torch.zeros(3, 2, dtype=dtype)), y)
+    found = asd.perp_neg(uncond, y, others, torch.zeros(3, 2))
+    assert torch.equal(found, y) and found.dtype == dtype
 
 
 def test_perp_neg_of_a_parallel_negative_changes_nothing():

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import asd
+import nerf
+import text_to_3d
 from phi import EmbeddingPhi, LoRAPhi
 from prior import Latents, Prior, UserError, ddim_samples
 from test_distill import (  # noqa: F401 (fixtures)
@@ -309,6 +311,19 @@ def test_pipeline_takes_the_saved_embedding_of_two_encoders(families, family_fol
     again = EmbeddingPhi(prior, "a blue fox", tokens=3)
     again.load(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.words, phi.words, strict=True))
+
+
+def test_the_end_token_of_old_configs(families, family_folders, tmp_path):
+    """SDXL's say 2: transformers then takes the token of the largest number, a learnt word."""
+    folder = shutil.copytree(family_folders["sdxl"], tmp_path / "sdxl")
+    for part in ("text_encoder", "text_encoder_2"):
+        config = json.loads((folder / part / "config.json").read_text())
+        (folder / part / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    prior = Prior.from_pretrained(folder, "cpu")
+    expected = families("sdxl").encode_text([PROMPT])
+    torch.testing.assert_close(prior.encode_text([PROMPT]), expected)
+    phi = EmbeddingPhi(prior, PROMPT, tokens=3)
+    torch.testing.assert_close(phi.encode(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux2"])
@@ -801,7 +816,8 @@ def test_a_part_that_is_a_pipe_or_a_name_is_refused(folders, no_network, tmp_pat
     ("vae/config.json", '{"scaling_factor": "0.5"}', "a text for scaling_factor: '0.5'"),
     ("unet/diffusion_pytorch_model.safetensors", "version https://git-lfs.github.com/spec/v1",
      "unet/diffusion_pytorch_model.safetensors is a pointer of git-lfs"),
-    ("unet/diffusion_pytorch_model.fp16.safetensors", "cut", "fp16.safetensors is damaged")])
+    ("unet/diffusion_pytorch_model.fp16.safetensors", "cut",
+     "fp16.safetensors is no safetensors file, or damaged")])
 def test_a_damaged_file_of_a_model_is_named(folders, tmp_path, name, text, words):  # noqa: F811
     folder = altered(folders["epsilon"], tmp_path)
     (folder / name).unlink(missing_ok=True)
@@ -1162,6 +1178,21 @@ def test_default_device_and_autocast_change_nothing(folders, family_folders, nam
         torch.set_default_device(None)
     for found in (cast, elsewhere):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_default_device_changes_no_scene():
+    """Generators of the CPU draw on the CPU, whatever the caller's default device is."""
+    prior, views = Prior.from_pretrained("tiny-sd", "cpu"), []
+    for device in (None, "meta"):
+        field = nerf.NeRF(levels=2, size=256, cells=4)
+        scene = text_to_3d.Scene(prior, field, "a red mug", rng(), 2, views=2, resolution=(8, 8),
+                                 samples=4, background="random")
+        torch.set_default_device(device)
+        try:
+            views.append(scene().x0.detach())
+        finally:
+            torch.set_default_device(None)
+    assert torch.equal(*views)
 
 
 # -------------------------------------------------------------------- a flow prior that is exact

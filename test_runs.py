@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -865,7 +866,7 @@ def test_a_phi_that_compares_all_samples_cannot_be_divided(monkeypatch):
         run.check_divisible(state)
     for name, value in LAUNCH.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(run.UserError, match="one process alone"):
+    with pytest.raises(run.UserError, match="is one process, and WORLD_SIZE is 2: unset RANK"):
         run.join_processes(editing.command())
 
 
@@ -878,9 +879,11 @@ LAUNCH = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PO
     ({"WORLD_SIZE": ""}, "WORLD_SIZE is no number"), ({"WORLD_SIZE": "0"}, "WORLD_SIZE 0"),
     ({"MASTER_PORT": "x"}, "MASTER_PORT is no number"),
     ({"MASTER_ADDR": "no.such.host.invalid"}, "MASTER_ADDR no.such.host.invalid"),
-    ({"MASTER_ADDR": "a..b"}, "MASTER_ADDR a..b")])
+    ({"MASTER_ADDR": "a..b"}, "MASTER_ADDR a..b"),
+    ({"RANK": "1"}, "nobody listens at MASTER_ADDR localhost, MASTER_PORT 29500, within 1 s")])
 def test_variables_of_another_launch_are_one_line(cli, monkeypatch, changes, part):
     """What torchrun or a cluster has left behind ends the command within 20 seconds."""
+    monkeypatch.setattr(run, "PATIENCE", timedelta(seconds=1))
     for name, value in (LAUNCH | changes).items():
         if value is None:
             monkeypatch.delenv(name, raising=False)

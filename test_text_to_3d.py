@@ -123,7 +123,8 @@ def test_scene_ranges_of_one_value_and_others():
 
 
 @pytest.mark.parametrize("changes", [
-    {"views": 0}, {"samples": 0}, {"resolution": (0, 64)}, {"background": "black"},
+    {"views": 0}, {"samples": 0}, {"views": 1.5}, {"samples": "x"}, {"resolution": (8.5, 8)},
+    {"elevation": ("a", "b")}, {"resolution": (0, 64)}, {"background": "black"},
     {"overhead": 1.5}, {"late": -0.1}, {"elevation": (35.0, 5.0)}, {"azimuth": (math.nan, 1.0)},
     {"distance": (0.0, 3.0)}, {"fovy": (40.0, 180.0)}, {"fovy": 40.0}, {"resolution": 32}],
     ids=str)

@@ -270,6 +270,14 @@ def test_csd_row(shape, seed, lam, step):
         close(bracket(phi, eps_uncond, eps_y, eps, lam), (lam - 1) * table(row, *tensors))
 
 
+def test_csd_takes_a_schedule_of_ones_own():
+    eps_y, eps_neg, eps_uncond, eps = noise(1, (2, 1, 3, 3), 4)
+    row = [1.0, -0.25, -0.75, 0.0]
+    phi = CSD(ScriptedPrior([eps_uncond, eps_neg], ["bad"]), [], 7.5, 40, "bad", [row, row, 1.0])
+    close(bracket(phi, eps_uncond, eps_y, eps, 7.5),
+          6.5 * table(row, eps_y, eps_neg, eps_uncond, eps))
+
+
 def test_csd_is_eps_y_by_default():
     eps_y, eps_uncond, eps = noise(0, (2, 1, 3, 3), 3)
     phi = CSD(ScriptedPrior([eps_uncond]), [], 7.5, 10)
@@ -401,7 +409,7 @@ def test_bridge_solves_the_odes_of_each_prompt(prior):
     ({}, 5), ({"target_words": "x"}, 5), ({"source_words": "x"}, 0), ({"bridge_start": 0.37}, 4),
     ({"source_words": "x", "bridge_start": 1.0}, 10)])
 def test_bridge_begins(prior, options, first):
-    assert Bridge(prior, [PROMPT], 40.0, 10, **options).first == first
+    assert Bridge(prior, [PROMPT], 40.0, 10, **options).first_step == first
 
 
 def test_words_are_put_around_the_prompt_or_after_it():
@@ -862,7 +870,7 @@ def test_words_reach_phi(cli, monkeypatch):
     cli("--method", "nfsd", "--out", "three")
     bridge, dull, default = made
     assert bridge.texts == ["old {}", "new {}"] and len(bridge.plain) == 2
-    assert (bridge.lam, bridge.ode_steps, bridge.first) == (3, 3, 4)
+    assert (bridge.lam, bridge.ode_steps, bridge.first_step) == (3, 3, 4)
     assert (dull.texts, default.texts) == (["dull"], [variants.NFSD_NEGATIVE])
 
 

@@ -17,8 +17,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
-    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+if __name__ == "__main__":     # so that a failed import prints a line, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P omit this folder
     if not Path(__file__).resolve().with_name("cli").is_dir():
         print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
               "command needs all of the clone beside it", file=sys.stderr)
@@ -36,6 +36,7 @@ from cli.settings import SceneSettings, phi_options
 from nerf import (
     NeRF,
     camera_to_world,
+    check_whole,
     orbit,
     psnr,
     rays,
@@ -70,6 +71,8 @@ class Scene(nn.Module):
         super().__init__()
         if not isinstance(prompt, str):
             raise ValueError(f"a Scene's prompt is one text, not {prompt!r}")
+        if rng is not None:
+            asd.check_rng(rng)
         check_scene(views, samples, resolution, background, overhead, late,
                     elevation=elevation, azimuth=azimuth, distance=distance, fovy=fovy)
         self.prior, self.nerf, self.rng, self.steps = prior, nerf.to(prior.device), rng, steps
@@ -96,14 +99,16 @@ class Scene(nn.Module):
         """-> (c2w [B, 4, 4], fovy [B], the prompts' embeddings [B, L, C]) of random views."""
         def draw(low, high):                     # nothing is drawn where there is no choice
             if low == high:
-                return torch.full((self.views,), float(low))
-            return low + (high - low) * torch.rand(self.views, generator=self.rng)
+                return torch.full((self.views,), float(low), device="cpu")
+            return low + (high - low) * torch.rand(self.views, generator=self.rng, device="cpu")
         azimuth, distance = draw(*self.azimuth), draw(*self.distance)
         elevation = torch.where(draw(0, 1) < self.overhead, draw(62, 80), draw(*self.elevation))
         words = [solids.view_word(*pose) for pose in zip(elevation, azimuth)]
         c2w = camera_to_world(elevation, azimuth, distance)
-        return (c2w.to(self.prior.device), draw(*self.fovy),
-                torch.cat([self.prompts[word] for word in words]))
+        # in this order, as a seed's pictures depend on it
+        fovy = draw(*self.fovy)
+        cond = torch.cat([self.prompts[word] for word in words])
+        return c2w.to(self.prior.device), fovy, cond
 
     def prompts_between(self, c2w):
         """Perp-Neg's prompts [B, L, C] of cameras; others [B, 2, L, C]; their weights [B, 2]."""
@@ -121,7 +126,8 @@ class Scene(nn.Module):
         """A Picture [B, H, W] of the cameras; places: of the samples on the rays, as in render."""
         if self.background == "learnt":
             behind = self.nerf.background.sigmoid()
-        behind = torch.as_tensor(behind).to(c2w).expand(len(c2w), size, size, 3)
+        behind = torch.as_tensor(behind, dtype=c2w.dtype, device=c2w.device)
+        behind = behind.expand(len(c2w), size, size, 3)
         return render(self.nerf, *rays(c2w, fovy, size), self.samples, behind, places)
 
     @property
@@ -143,10 +149,11 @@ class Scene(nn.Module):
         else:
             cond = cond[rows]
         size = self.resolution[int(self.step >= self.late * self.steps)]
-        behind = torch.ones(self.views, 1, 1, 3)
+        behind = torch.ones(self.views, 1, 1, 3, device="cpu")
         if self.background == "random":
-            behind = torch.rand(self.views, 1, 1, 3, generator=self.rng)
-        places = torch.rand(self.views, size * size, self.samples, generator=self.rng)
+            behind = torch.rand(self.views, 1, 1, 3, generator=self.rng, device="cpu")
+        places = torch.rand(self.views, size * size, self.samples, generator=self.rng,
+                            device="cpu")
         self.step += 1
         picture = self.picture(c2w[rows], size, places[rows].flatten(0, 1), fovy[rows],
                                behind[rows])
@@ -179,11 +186,13 @@ def check_scene(views, samples, resolution, background, overhead, late, **ranges
     bounds of its own (cli/settings.py), which are closer.
     """
     for name, pair in (ranges | {"resolution": resolution}).items():
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2
+                and all(isinstance(number, (int, float)) for number in pair)):
             raise ValueError(f"{name} is two numbers, not {pair!r}")
-    if min(views, samples, *resolution) < 1:
-        raise ValueError(f"views {views}, samples {samples} and resolution {resolution} must be at "
-                         "least 1")
+    # what follows would fail deep in the renderer, or in the middle of a run
+    check_whole(views=views, samples=samples)
+    for pixels in resolution:
+        check_whole(resolution=pixels)
     if background not in ("white", "random", "learnt"):
         raise ValueError(f"unknown background {background!r}: choose white, random or learnt")
     if not (0 <= overhead <= 1 and 0 <= late <= 1):
@@ -239,7 +248,7 @@ def view_scores(nerf, prompt, samples=64):
 def eight_views(prompt):
     """What view_scores() compares with: the solid that the prompt describes. -> Posed, or None."""
     solid = solids.find_solid(prompt)
-    return solid and solid_pictures(*solid, orbit(8))
+    return None if solid is None else solid_pictures(*solid, orbit(8))
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -251,15 +260,17 @@ SCENE = {name: p.default for name, p in inspect.signature(Scene).parameters.item
 # its field, cameras (in a box of 1) and rates. Not here: its φ is another checkpoint (--phi-model,
 # of SD 2.1), its opacity term begins after 10000 steps, its background is a network, its
 # AdamW decays φ's weights, too
-PAPER = dict.fromkeys(asd.METHODS, ("§6: threestudio's VSD setting with λ 7.5, γ −0.5", {
-         "optimizer": "adamw", "beta2": 0.99, "adam_eps": 1e-15, "coarsest": 16, "width": 64,
-         "lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-4, "steps": 25000, "t_late": 0.2, "late": 0.2,
-         "views": 1, "samples": 512, "resolution": (64, 512), "elevation": (-10.0, 45.0),
-         "overhead": 0.0, "distance": (1.0, 1.5), "fovy": (40.0, 70.0), "background": "learnt",
-         "sparsity": 10.0, "opaque": 0.0, "levels": 16, "table": 19, "finest": 4096}))
+THREESTUDIO = {
+    "optimizer": "adamw", "beta2": 0.99, "adam_eps": 1e-15, "coarsest": 16, "width": 64,
+    "lr": 0.01, "lr_end": 1.0, "phi_lr": 1e-4, "steps": 25000, "t_late": 0.2, "late": 0.2,
+    "views": 1, "samples": 512, "resolution": (64, 512), "elevation": (-10.0, 45.0),
+    "overhead": 0.0, "distance": (1.0, 1.5), "fovy": (40.0, 70.0), "background": "learnt",
+    "sparsity": 10.0, "opaque": 0.0, "levels": 16, "table": 19, "finest": 4096}
+SOURCE = "§6: threestudio's VSD setting with λ 7.5, γ −0.5"
 # every configuration that ASD's authors released has Perp-Neg on; the paper's text says no more
 # than threestudio's VSD, where it is off
-PAPER["asd"] = (PAPER["asd"][0] + "; Perp-Neg as released", PAPER["asd"][1] | {"perp_neg": True})
+PAPER = dict.fromkeys(asd.METHODS, (SOURCE, THREESTUDIO)) | {
+    "asd": (f"{SOURCE}; Perp-Neg as released", THREESTUDIO | {"perp_neg": True})}
 
 
 def methods():
@@ -291,20 +302,20 @@ def check(settings):
 
 def build(settings, prior, method, rng, folder, new):
     """The Scene, and φ: a LoRA is given the camera, and the prompt without the view."""
-    use_triton(settings.kernels, torch.empty(0, device=prior.device))     # ValueError, if not
+    # ValueError where the kernels cannot run
+    use_triton(settings.kernels, torch.empty(0, device=prior.device))
     nerf = NeRF(blob=settings.blob, blob_radius=settings.blob_radius, kernels=settings.kernels,
                 seed=settings.seed, levels=settings.levels, size=2 ** settings.table,
                 base=settings.coarsest, finest=settings.finest, width=settings.width)
     scene = Scene(prior, nerf, settings.prompt, rng, method.steps,
                   **{name: getattr(settings, name) for name in SCENE})
-    # φ is given the view as a camera, so its prompt does not name it
     cond = prior.encode_text([settings.prompt])
-    prompts, options = [settings.prompt], phi_options(settings, method.phi)
+    texts, options = [settings.prompt], phi_options(settings, method.phi)
     if method.phi is LoRAPhi:
         options |= {"cond": cond, "camera": 16}
     else:                                        # every prompt that a view may ask
-        prompts = [f"{settings.prompt}, {word} view" for word in scene.prompts]
-    return asd.State(scene, method.phi(prior, prompts, **options), method, rng), cond
+        texts = [f"{settings.prompt}, {word} view" for word in scene.prompts]
+    return asd.State(scene, method.phi(prior, texts, **options), method, rng), cond
 
 
 def prompts(settings):

@@ -26,8 +26,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-if __name__ == "__main__":     # what stops an import below is a line then, and no traceback
-    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P leave it out
+if __name__ == "__main__":     # so that a failed import prints a line, and no traceback
+    sys.path.insert(0, str(Path(__file__).resolve().parent))     # python -I and -P omit this folder
     if not Path(__file__).resolve().with_name("cli").is_dir():
         print(f"{Path(__file__).name}: copied out alone it is a library, to be imported: the "
               "command needs all of the clone beside it", file=sys.stderr)
@@ -127,10 +127,12 @@ class CSD(NoisePhi):
         if lam == 1:
             raise ValueError("CSD has no gradient at --lam 1: it is (λ − 1)(ε_y − ε_∅)")
         schedule = schedule or ("coarse" if negative else "classifier")
-        if isinstance(schedule, str) and schedule not in CSD_SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}: choose one of "
-                             f"{', '.join(CSD_SCHEDULES)}")
-        self.first, self.last, share = CSD_SCHEDULES.get(schedule, schedule)
+        if isinstance(schedule, str):
+            if schedule not in CSD_SCHEDULES:
+                raise ValueError(f"unknown schedule {schedule!r}: choose one of "
+                                 f"{', '.join(CSD_SCHEDULES)}")
+            schedule = CSD_SCHEDULES[schedule]
+        self.first, self.last, share = schedule
         self.prior, self.lam, self.span, self.step = prior, lam, max(1, share * steps), 0
         self.texts = [negative] if negative else []
         self.negative = prior.encode_text([negative or ""])
@@ -195,7 +197,8 @@ class Bridge(NoisePhi):
         words = [BRIDGE_SOURCE if source_words is None else source_words,
                  BRIDGE_TARGET if target_words is None else target_words]
         self.prior, self.lam, self.ode_steps = prior, lam, bridge_steps
-        self.first, self.bridging, self.texts = round(bridge_start * steps), False, words
+        self.first_step, self.bridging = round(bridge_start * steps), False
+        self.texts = words
         prompts = as_list(prompts)
         self.plain = prior.encode_text(prompts)
         self.source = prior.encode_text([with_words(prompt, words[0]) for prompt in prompts])
@@ -203,7 +206,7 @@ class Bridge(NoisePhi):
 
     def prompts(self, step, y, null):
         """In the second stage the source stands in for ∅, and the target's words follow y."""
-        self.bridging = step >= self.first
+        self.bridging = step >= self.first_step
         if not self.bridging:
             return {}
         rows = rows_of(y, self.plain)
@@ -237,7 +240,8 @@ def with_words(prompt, words):
 def rows_of(cond, table):
     """Which row of table [P, L, C] each of cond [B, L, C] is: [B]. ValueError where it is none."""
     distance, rows = (cond[:, None] - table).abs().flatten(2).amax(2).min(1)
-    if (distance > 0.05 * table.abs().amax()).any():       # batches of other sizes round otherwise
+    # not ==: in a batch of another size the same prompt may be rounded in another way
+    if (distance > 0.05 * table.abs().amax()).any():
         raise ValueError("SDS-Bridge is asked for a prompt that it was not made with")
     return rows
 
@@ -328,7 +332,7 @@ class Network(nn.Module):
     def noise(self):
         # drawn on the CPU whatever the device, from the run's one source of randomness
         shape = (len(self.cond), *self.prior.shape)
-        return torch.randn(shape, generator=self.rng).to(self.prior.device)
+        return torch.randn(shape, generator=self.rng, device="cpu").to(self.prior.device)
 
     def parameter_groups(self, lr):
         return [{"params": list(self.parameters()), "lr": lr / 30}]
@@ -391,7 +395,9 @@ def train_corrective(settings):
         prompts = files.read_prompts(files.regular(settings.prompts))
     with ExitStack() as stack:
         # what is kept in DATA belongs to all such trainings, wherever their files go
-        folders = {folder.resolve(): folder for folder in (out.parent, data.DATA)}.values()
+        folders = [out.parent, data.DATA]
+        if out.parent.resolve() == data.DATA.resolve():
+            folders = [data.DATA]
         new = [folder for folder in folders if not folder.exists()]
         for folder in folders:
             if folder not in new:
@@ -428,7 +434,7 @@ def corrective_pictures(settings, prior, unet, prompts):
         if prompts:
             texts = [prompts[(made + i) % len(prompts)] for i in range(n)]
         noise = torch.Generator().manual_seed(settings.seed + made)
-        x_T = torch.randn(n, *prior.shape, generator=noise)
+        x_T = torch.randn(n, *prior.shape, generator=noise, device="cpu")
         return ddim_samples(prior, texts, x_T, settings.ddim, 3.0 if prompts else 1.0)
 
     made_of = corrective.fingerprint(unet, prompts, settings.ddim, settings.seed, settings.batch)
@@ -458,8 +464,8 @@ def corrective_draws(settings, prior, pictures):
         rng = torch.Generator().manual_seed(settings.seed + step)
 
         def draw():
-            x0 = pictures[torch.randint(len(pictures), (settings.batch,), generator=rng)]
-            x0 = x0.to(prior.device)
+            rows = torch.randint(len(pictures), (settings.batch,), generator=rng, device="cpu")
+            x0 = pictures[rows].to(prior.device)
             t, eps = asd.draw_noise(rng, x0, 0, prior.steps - 1)
             return x0, t, *estimate(prior, x0, t, eps, null)
         return draw

@@ -188,7 +188,7 @@ def new_folder(folder, config):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if any(folder.iterdir()):
-            run = (folder / "checkpoint.safetensors").exists()
+            run = (folder / "config.json").exists() and config["program"] != "nerf.py"
             raise FolderTaken(f"{folder} is not empty: choose another --out, as nothing is written "
                               "over" + ("; the run there goes on with --resume" if run else ""))
         write_text(folder / "config.json", json.dumps(config))

@@ -15,6 +15,7 @@ import re
 import signal
 import socket
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -206,6 +207,8 @@ def status_of(name, work, memory, mistakes):
         if isinstance(mistake, ImportError):
             line += ": copy all of the folder, and pip install -r requirements.txt"
     except KeyboardInterrupt as stop:
+        if "cli.start" in sys.modules:       # the command ends: a second Ctrl-C has no more to stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         line, status = f"stopped{''.join(map(str, stop.args))}", 130
         if speaks():
             print(file=sys.stderr)
@@ -240,7 +243,7 @@ def speaks():
 
 
 # with the other processes, at the start; where it was not torchrun that has set RANK, shorter
-PATIENCE = timedelta(seconds=60 if "TORCHELASTIC_RUN_ID" in os.environ else 20)
+PATIENCE = timedelta(seconds=60 if "TORCHELASTIC_RUN_ID" in os.environ else 12)
 
 
 def join_processes(command):
@@ -258,11 +261,14 @@ def join_processes(command):
     if size == 1:
         return
     if not command.divisible:
-        raise UserError("one process alone can do this")
+        raise wrong_launch(f"{command.name} is one process, and WORLD_SIZE is {size}")
     try:
         socket.getaddrinfo(host, None)
     except (OSError, UnicodeError) as error:
         raise wrong_launch(f"MASTER_ADDR {host}: {error}") from error
+    # the first process listens, or torchrun's agent in its place
+    if process_number() > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        wait_for_listener(host, int(os.environ["MASTER_PORT"]))
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
@@ -271,12 +277,26 @@ def join_processes(command):
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
             raise wrong_launch(f"MASTER_PORT {os.environ['MASTER_PORT']} is in use") from error
-        raise UserError(f"the other processes of WORLD_SIZE {size} have not come within "
-                    f"{PATIENCE.seconds} s: unset RANK to run one process") from error
+        raise wrong_launch(f"the other processes of WORLD_SIZE {size} have not come within "
+                           f"{PATIENCE.seconds} s") from error
     dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=rank,
                             world_size=size)
     if process_number() == 0:                         # torchrun stops all where one has ended
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def wait_for_listener(host, port):
+    """Wait until somebody listens there. UserError after PATIENCE: torch would try much longer."""
+    deadline = time.monotonic() + PATIENCE.seconds
+    while True:
+        try:
+            socket.create_connection((host, port), 1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise wrong_launch(f"nobody listens at MASTER_ADDR {host}, MASTER_PORT {port}, "
+                                   f"within {PATIENCE.seconds} s") from error
+        time.sleep(0.2)
 
 
 def wrong_launch(message):
@@ -547,11 +567,17 @@ def open_run(command, given, stack):
 
 
 def check_kept(folder):
-    """UserError where a finished run has lost its checkpoint: it would be made again, over it."""
+    """UserError where a finished run has lost its checkpoint: it would be made again, over it.
+
+    And where something that is not the run's would stop it at its end.
+    """
     picture = json.loads(files.read_text(folder / "config.json")).get("picture")
     if picture is not None and not (folder / "checkpoint.safetensors").exists():
         raise UserError(f"{folder} was finished, and has no checkpoint.safetensors to go on from: "
                         "choose another --out, as nothing is written over")
+    if (folder / "phi").exists() and not (folder / "phi").is_dir():
+        raise UserError(f"{folder / 'phi'} is in the way of the run's folder of that name: move it "
+                        "away")
 
 
 def how_to_go_on(folder):

@@ -489,8 +489,9 @@ def resumed_settings(command, folder, given):
     changed = [name for name in given if getattr(settings, name) != getattr(stored, name)]
     forbidden = [name for name in changed if name not in stored.may_change | {"resume"}]
     if forbidden:
-        raise UserError("a resumed run keeps its settings: drop "
-                        + ", ".join(map(flag_name, forbidden)))
+        names = ", ".join(map(flag_name, forbidden))
+        raise UserError(f"the run in {folder} keeps its settings: drop {names}, or choose another "
+                        "--out")
     check(settings, command)
     return settings
 
