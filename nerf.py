@@ -872,7 +872,12 @@ def into_box(learnt, held_out, box):
     for name, posed in (("", few), ("held-out ", few_held_out)):
         part = part_in_box(posed, box)
         if part < 0.25:
-            why = "" if extent else ", and the cameras look at no common point"
+            why = ""
+            if extent is None:
+                why = ", and the cameras look at no common point"
+                if scene_extent(few._replace(directions=-few.directions)) is not None:
+                    why += (", but away from one, as they do in OpenCV's axes (negate columns 2 "
+                            "and 3 of each matrix)")
             raise ValueError(f"{part:.0%} of what the {name}pictures show meets the box of "
                              f"±{box:g}{why}: a larger --box, or other transform_matrix")
     single = [posed._replace(origins=posed.origins.float()) for posed in (learnt, held_out)]

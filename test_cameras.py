@@ -364,12 +364,12 @@ def test_photographs_of_another_scale(tmp_path):
     assert factor == pytest.approx(0.9 * 1.5 / (270 * math.sin(corner)), rel=1e-3)
 
 
-@pytest.mark.parametrize("turned", ["outwards", "side by side"])
+@pytest.mark.parametrize("turned", ["outwards", "OpenCV's", "side by side"])
 def test_cameras_that_look_at_no_common_point_are_refused(turned, tmp_path, capsys, monkeypatch):
     def change(i, frame):
         m = np.array(frame["transform_matrix"])
-        if turned == "outwards":
-            m[:3, :3] = m[:3, :3] @ np.diag([-1, 1, -1])
+        if turned != "side by side":
+            m[:3, :3] = m[:3, :3] @ np.diag([-1, 1, -1] if turned == "outwards" else [1, -1, -1])
         else:
             m[:3, :3] = np.eye(3)
         m[:3, 3] = 50 * m[:3, 3] + [0, 0, 200]
@@ -377,6 +377,7 @@ def test_cameras_that_look_at_no_common_point_are_refused(turned, tmp_path, caps
     write_folder(tmp_path, change=change)
     status, err = run_command(tmp_path, capsys, monkeypatch)
     assert status == 2 and len(err) == 1 and "look at no common point" in err[0], err
+    assert ("negate columns 2 and 3" in err[0]) == (turned != "side by side")
     assert not (tmp_path / "out").exists()
 
 
