@@ -192,7 +192,7 @@ def test_what_a_generator_returns_to_algorithm_1(tiny, make, words):
     ({"cond": torch.zeros(3, 32, 128)}, "3 prompts for 2 samples"),
     ({"cond": torch.zeros(1, 77, 768)}, "[77, 768], those of this prior [32, 128]"),
     ({"phi": nn.Linear(1, 1), "real": torch.zeros(5, 3, 64, 64)},
-     "real is [5, 3, 64, 64], the generator's x0 [2, 4, 16, 16]")], ids=str)
+     "real is [5, 3, 64, 64], the generator's x0 [2, 4, 16, 16]")])
 def test_what_does_not_fit_in_algorithm_1(tiny, options, words):
     arguments = {"generator": Fixed(2, 4, 16, 16), "cond": tiny.encode_text("a fox"),
                  "phi": asd.NoisePhi()} | options
