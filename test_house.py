@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 FLOORS = """
 claims.__main__
 claims.law claims.tuning claims.solids claims.edits claims.student
-claims.pictures claims.exact claims.looks claims.side
+claims.pictures claims.exact claims.looks claims.side claims.named
 claims.measures claims.runs
 claims.work
 editing text_to_3d

@@ -1,10 +1,12 @@
 """solids.py — text-to-3D of things whose true shape is known: Table 1, Figs. 5b and 6b.
 
-Of each run the scores and one view are kept, in claims/solids/, as all of them take six hours.
+Of each run the scores and one view are kept, in claims/solids/, as all of them take six hours. For
+Perp-Neg it is also kept whether the sides of a solid that has a front can be told from each other.
 """
 import torch
 
 from claims.measures import PROMPTS
+from claims.named import named
 from claims.pictures import SIDE
 from claims.side import side
 from claims.work import COMMITTED, SOURCES, Claim, Job
@@ -12,20 +14,31 @@ from cli.pictures import sheet
 from nerf import orbit, solid_pictures
 from text_to_3d import eight_views
 from tiny.judge import clip_score
-from tiny.solids import find_solid
+from tiny.solids import KINDS, find_solid
 
 SOLIDS = PROMPTS["solids"]
+FRONTED = [prompt for prompt in SOLIDS if KINDS[find_solid(prompt)[0]].has_front]
 PERP_NEG = "asd, Perp-Neg"
 METHODS = {"sds": {}, "vsd": {}, "asd": {}, "csd": {}, PERP_NEG: {"perp_neg": True}}
 FILES = (*SOURCES, "claims/runs.py", "text_to_3d.py", "variants.py", "nerf.py", "cli/settings.py",
          "tiny/solids.py")
-JOBS = {}
-for name, changes in METHODS.items():
-    for prompt in SOLIDS:
-        method = name.partition(",")[0]
-        JOBS[name, prompt] = Job(f"{name}-{prompt}".replace(",", "").replace(" ", "-"), side,
-                                 {"method": method, "prompt": prompt} | changes, 3.5, FILES,
-                                 COMMITTED / "solids")
+
+
+def job(function, method, prompt):
+    """The Job of a solid: function is side or named."""
+    name = f"{function.__name__}-{method}-{prompt}" if function is named else f"{method}-{prompt}"
+    arguments = {"method": method.partition(",")[0], "prompt": prompt} | METHODS[method]
+    return Job(name.replace(",", "").replace(" ", "-"), function, arguments, 3.5, FILES,
+               COMMITTED / "solids")
+
+
+JOBS = {(method, prompt): job(side, method, prompt) for method in METHODS for prompt in SOLIDS}
+NAMED = {(method, prompt, "named"): job(named, method, prompt)
+         for method in ("asd", PERP_NEG) for prompt in FRONTED}
+
+
+def methods_of(r):
+    return dict.fromkeys(key[0] for key in r)
 
 
 def of(r, method, measure):
@@ -41,20 +54,24 @@ def controls(r):
     """The true solid should score above every method, in tiny-clip's eyes, too."""
     truth = torch.tensor([clip_score(eight_views(prompt).over(1.0).movedim(-1, 1), prompt)
                           for prompt in SOLIDS])
-    methods = dict.fromkeys(method for method, _ in r)
-    return {f"score, truth − {method}": truth - of(r, method, "clip") for method in methods}
+    return {f"score, truth − {method}": truth - of(r, method, "clip") for method in methods_of(r)}
 
 
 def numbers(r):
-    methods = dict.fromkeys(method for method, _ in r)
-    return {method: {"PSNR": of(r, method, "psnr"), "IoU": of(r, method, "iou"),
-                     "score": of(r, method, "clip")} for method in methods}
+    found = {}
+    for method in methods_of(r):
+        found[method] = {"PSNR": of(r, method, "psnr"), "IoU": of(r, method, "iou"),
+                         "score": of(r, method, "clip")}
+        right = [r[key]["right"].mean() for key in r if key[0] == method and key in NAMED]
+        if right:
+            found[method]["sides told right, of those with a front"] = torch.stack(right)
+    return found
 
 
 def draw(path, r):
     """Ten solids by each method, half from the side; IoU under them; the true ones."""
     shown, rows = SOLIDS[::2], []
-    for method in dict.fromkeys(method for method, _ in r):
+    for method in methods_of(r):
         views = torch.stack([r[method, prompt]["view"] for prompt in shown]) / 255
         rows.append((method.upper(), views, [f"{r[method, prompt]['iou']:.2f}"
                                              for prompt in shown]))
@@ -64,8 +81,8 @@ def draw(path, r):
     sheet(path, shown, rows, SIDE, corner="silhouette IoU", colors=256)
 
 
-def claim(title, says, a, b, shown, **more):
-    jobs = {key: job for key, job in JOBS.items() if key[0] in shown}
+def claim(title, says, a, b, shown, named_jobs=None, **more):
+    jobs = {key: job for key, job in JOBS.items() if key[0] in shown} | (named_jobs or {})
     return Claim(title, says, jobs, f"PSNR against the true solid, {a} − {b}", "dB", 0.5,
                  gap(a, b), draw, controls, numbers, **more)
 
@@ -79,5 +96,5 @@ CLAIMS = {
     "5b": claim("in 3D the classifier term alone is worse than ASD", "Fig. 5b, §5",
                 "asd", "csd", ("csd", "asd")),
     "Perp-Neg": claim("text-to-3D is better with the other views as negatives", "ours; 2304.04968",
-                      PERP_NEG, "asd", ("asd", PERP_NEG), ours=True),
+                      PERP_NEG, "asd", ("asd", PERP_NEG), NAMED, ours=True),
 }

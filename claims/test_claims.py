@@ -13,11 +13,13 @@ from scipy.stats import ttest_1samp
 import asd
 import claims.__main__ as command
 import editing
+import text_to_3d
 from claims import (
     edits,
     law,
     looks,
     measures,
+    named,
     pictures,
     runs,
     side,
@@ -286,6 +288,17 @@ def test_of_a_solid_its_scores_and_the_second_view_are_kept(monkeypatch):
     found = side.side("asd", "a red mug", perp_neg=True)
     assert found.keys() == {"view", "psnr"} and found["psnr"] == 21
     assert found["view"].dtype == torch.uint8 and found["view"].unique().tolist() == [26]
+
+
+@tiny
+def test_sides_are_told_right_where_the_solid_is_true_and_not_where_it_has_two_fronts(monkeypatch):
+    true = text_to_3d.eight_views("a gray duck").over(1.0).movedim(-1, 1)
+    two_faced = true.clone()
+    two_faced[4] = true[0]
+    sideways = true[[2, 3, 4, 5, 6, 7, 0, 1]]
+    for views, expected in ((true, [1, 1, 1, 1]), (two_faced, [1, 1, 0, 1]), (sideways, [0] * 4)):
+        monkeypatch.setattr(runs, "solid", lambda *_, views=views: {"views": views})
+        assert named.named("asd", "a gray duck")["right"].tolist() == expected
 
 
 @tiny
