@@ -86,8 +86,8 @@ def draw(path, r):
     sheet(path, shown, rows, SIDE, corner="silhouette IoU", colors=256)
 
 
-NO_SCORE = ("The control fails: tiny-clip scores the true solids no higher than the methods', so its "
-            "score is no measure here, and is left out.")
+NO_SCORE = ("The control fails: tiny-clip scores the true solids no higher than the methods', so "
+            "its score is no measure here, and is left out.")
 
 
 def claim(title, says, a, b, shown, remark="", named_jobs=None, figure=draw, ours=False):
