@@ -85,11 +85,11 @@ def file_name(name):
     return name.translate(str.maketrans({"λ": "lambda", "§": "section-", " ": "-", ",": None}))
 
 
-def format_number(value):
-    """Format a number, or [mean, low, high]."""
+def format_number(value, sign="+"):
+    """Format a number, or [mean, low, high]; sign "+" shows that of positive ones, "" does not."""
     if isinstance(value, (list, tuple)):
         mean, low, high = value
-        return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
+        return f"{mean:{sign}.3g} [{low:{sign}.3g}, {high:{sign}.3g}]"
     return f"{value:.3g}"
 
 
@@ -103,11 +103,14 @@ def outcome(record):
 
 
 def verdict_of(record):
-    """The verdict; of a claim that two things are equal, also what it means."""
-    meaning = ""
+    """The verdict, and what it means where two things are equal or the difference may be small."""
+    meaning, primary = "", record["primary"]
+    _, low, high = interval(primary["values"])
     if record["equality"]:
         meaning = {"holds": ", equal within δ", "the other way round": ", not equal"}.get(
             record["verdict"], "")
+    elif 0 < low < primary["delta"] or 0 < -high < primary["delta"]:
+        meaning = ", perhaps by less than δ"
     return f"**{record['verdict']}**{meaning}"
 
 
@@ -134,15 +137,15 @@ def with_table(page, records):
     return f"{before}{MARKS[0]}\n{short_table(records)}\n{MARKS[1]}{after}"
 
 
-def table(rows):
-    """Lines of a table of {row: {column: number or [mean, low, high]}}."""
+def table(rows, sign=""):
+    """Lines of a table of {row: {column: number or [mean, low, high]}}; sign: of format_number."""
     columns = dict.fromkeys(column for row in rows.values() for column in row)
     if not columns:
         return []
     heads = [column.replace("|", "\\|") for column in columns]
     lines = ["", f"| | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = [format_number(row[column]) if column in row else "–" for column in columns]
+        cells = [format_number(row[column], sign) if column in row else "–" for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -156,14 +159,19 @@ def long_table(records):
         settings = ", ".join(f"{name} {value:g}" for name, value in tuned["settings"].items())
         found = "not yet tuned to the end"
         if tuned["done"]:
-            found = f"the least distance at λ {tuned['lam']:g}"
+            tried = [f"λ {words.partition(', lam ')[2]}: {value:.2f}"
+                     for words, value in tuned["tried"].items() if ", lam " in words]
+            found = f"the distance, by λ, is {', '.join(tried)}"
         lines.append(f"- {method}: {settings}; {found}")
+    lines += ["", "In tables and figures SDS 7.5 is SDS at λ 7.5. The columns of a figure are "
+              "prompts; in a column all runs begin at the same noise. The samples are the prior's "
+              "own, at guidance 3, from other noise."]
     for name, record in records.items():
         file = file_name(name)
         lines += ["", f'<a id="{file.lower()}"></a>', "", f"## {name}: {record['claim']}", "",
                   f"{record['paper']}. {outcome(record)}: {verdict_of(record)}. "
                   f"{CLAIMS[name].remark}".rstrip(),
-                  *table({"controls (+: moved as it must)": record["controls"]}),
+                  *table({"controls (+: moved as it must)": record["controls"]}, "+"),
                   *table(record["numbers"])]
         if CLAIMS[name].figure:
             lines += ["", f"![{name}]({file}.png)"]

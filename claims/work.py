@@ -23,15 +23,17 @@ from tiny.training import save_tensors, threads_kept
 KEPT = Path("outputs/claims")
 COMMITTED = HERE / "claims"       # of the jobs that most others need: the prior's samples
 RULE = (
-    "Each claim has one primary outcome, named in the code before any run: a difference, paired by "
-    "prompt, that is positive where the paper is right, and δ, the difference that would matter in "
-    "practice. The verdict is read off the mean's 95 % interval by Student's t: above 0, «holds»; "
-    "below 0, «the other way round»; inside ±δ, «no difference»; else «undecided». Where a claim "
-    "is that two things are equal, an interval inside ±δ is «holds», one that ends below −δ or "
-    "begins above δ «the other way round»: they differ. All other numbers are shown and count for "
-    "nothing; claims/measures.py says what each measures. The measures were chosen on controls "
-    "alone, on prompts that no claim uses; the settings on ten tuning prompts, none of them a test "
-    "prompt.")
+    "Each claim has one primary outcome, named in the code before any run: a difference that is "
+    "positive where the paper is right, paired by prompt (by solid, mixture or round of timing "
+    "where there are no prompts), and δ, the difference that would matter in practice. The verdict "
+    "is read off the mean's 95 % interval by Student's t: above 0, «holds»; below 0, «the other "
+    "way round»; inside ±δ, «no difference»; else «undecided». Where a claim is that two things "
+    "are equal, an interval inside ±δ is «holds», one that ends below −δ or begins above δ «the "
+    "other way round»: they differ. This reading of equality came after the first numbers of the "
+    "law and of §7's speed: until then they were «holds» and «no difference». All other numbers "
+    "are shown and count for nothing; a claim's own module, or claims/measures.py, says what they "
+    "measure. The measures were chosen on controls alone, on prompts that no claim uses; the "
+    "settings on ten tuning prompts, none of them a test prompt.")
 
 
 # ------------------------------------------------------------------------------------------ jobs
