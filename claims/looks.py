@@ -1,4 +1,6 @@
-"""looks.py — of a run for the law three numbers a prompt; its results stand as long as this file.
+"""looks.py — keeps three numbers a prompt of a run, for the law.
+
+Change this file, and the runs for the law must be made again.
 """
 from claims import runs
 from claims.measures import PROMPTS, SAMPLE_JOBS, measured

@@ -1,5 +1,7 @@
-"""named.py — from which side the views of a solid look, to tiny-clip; the results stand as long as
-this file."""
+"""named.py — keeps which side of a solid each view shows, in tiny-clip's eyes.
+
+Change this file, and the solids that have a front must be made again.
+"""
 import torch
 
 from claims import runs

@@ -1,9 +1,8 @@
 """runs.py — what is run for the claims, and nothing of what is asked of the results.
 
-The results are kept as long as this file, and what it runs, stay as they are; hence a file of its
-own. In 2D and in editing a run makes a picture of each prompt at once, each with noise and a φ of
-its own (OwnLoRA), so that they are as many runs in all but speed. They begin at the same noise
-whatever the method.
+Change this file, and all kept results must be made again; hence a file of its own. In 2D and in
+editing a run makes a picture of each prompt at once, each with noise and a φ of its own (OwnLoRA),
+so that they are as many runs in all but speed. They begin at the same noise whatever the method.
 """
 import copy
 import functools

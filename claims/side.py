@@ -1,4 +1,7 @@
-"""side.py — of a solid its scores and one view are kept; the results stand as long as this file."""
+"""side.py — keeps the scores and one view of a solid.
+
+Change this file, and the solids must be made again.
+"""
 from claims import runs
 from cli.pictures import to_bytes
 
