@@ -246,8 +246,8 @@ CLAIMS = {
         [], draw_paths,
         path_numbers,
         remark="It holds by the net change alone, which is larger in ASD (λ 7.5, lr 0.02), still "
-               "losing noise at 30 % of the steps, than in VSD (λ 2, lr 0.04); their paths are about "
-               "equally long. To the eye VSD's colours and outlines change to the end (the mug's "
+               "losing noise at 30 % of the steps, than in VSD (λ 2, lr 0.04); their paths are "
+               "about equally long. To the eye VSD's colours and outlines change to the end (the mug's "
                "inside), and ASD's shapes stay. So it does not show that VSD moves more."),
     "4": claim(
         "VSD with 50 updates of φ a step over-smooths", "Fig. 4, §5",
