@@ -108,8 +108,8 @@ CLAIMS = {
                      "asd", "vsd", THREE, figure=None),
     "5b": claim("in 3D the classifier term alone is worse than ASD", "Fig. 5b, §5",
                 "asd", "csd", ("csd", "asd"),
-                "To the eye CSD's have more contrast, and lack a window, a beak, legs. The paper says "
-                "that they over-saturate; PSNR as the measure is ours."),
+                "To the eye CSD's have more contrast, and lack a window, a beak, legs. The paper "
+                "says that they over-saturate; PSNR as the measure is ours."),
     "Perp-Neg": claim("text-to-3D is better with the other views as negatives", "ours; 2304.04968",
                       PERP_NEG, "asd", ("asd", PERP_NEG),
                       "With Perp-Neg the table lacks a leg and the lamp its foot; the chair has no "
