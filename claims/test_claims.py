@@ -1,5 +1,6 @@
 """The claims' machinery: the rule, runs that are kept, measures, signs, the tables; many in one."""
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +265,17 @@ def test_the_law_finds_the_guidance_it_is_given():
                 r["law", gamma, lam] = looks_of(guidance ** power) | {"kappa": kappa}
         expected = pytest.approx([power - 1.0] * 3, abs=0.02)
         assert power == 2 or law.slopes(r) == expected
+        if power == 1:
+            for lam in (7.5, 15.0):                            # without these two
+                r["law", 10.0, lam] |= looks_of(torch.ones(3).double())
+            found = law.numbers(r)
+            for part in ("without γ 10, λ ≥ 7.5", "γ < 0 alone"):
+                assert found[part]["slope − 1"] == expected
+            ranges = [math.log((1 + (1 + gamma) * 14 / 0.5) / (1 + (1 + gamma) / 0.5))
+                      for gamma in (0, -0.5)]     # κ of the second prompt: 0.5
+            differences = found["γ 0 minus γ -0.5"]["log-range of the distance over λ"]
+            assert differences[1].item() == pytest.approx(0.3 * (ranges[0] - ranges[1]))
+            assert found["γ 0 minus γ -0.5"]["distance at λ 7.5"].min() > 0
     assert min(law.slopes(r)) > 0.3                            # the ladder ends at 10⁴
     assert law.numbers(r)["γ 0, λ 4"]["κ"].tolist() == pytest.approx([0.4, 0.5, 0.6])
 
@@ -307,7 +319,10 @@ def test_who_wanders_and_who_goes_straight(prior):
     rng = torch.Generator().manual_seed(0)
     astray = straight + 0.5 * torch.randn(straight.shape, generator=rng)
     r = {("path", "asd"): {"late": straight}, ("path", "vsd"): {"late": astray}}
-    assert pictures.CLAIMS["1b"].values(r).item() > 0.5
+    found = pictures.CLAIMS["1b"].values(r).item()
+    parts = {name: x.item() for name, x in pictures.path_numbers(r)["VSD − ASD"].items()}
+    assert found > 0.5 and parts["log path"] > 0.5
+    assert found == pytest.approx(parts["log path"] - parts["log net change"])
 
 
 def test_psnr_at_equal_score_by_hand(monkeypatch):
@@ -415,6 +430,17 @@ def test_the_command_writes_its_tables_once(folder, capsys, monkeypatch):
     assert "older code" not in capsys.readouterr().out
     monkeypatch.setattr(work, "code_key", lambda *_: "another")
     assert command.main(argv) == 0 and "holds (older code)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("values, delta, expected", [
+    ([0.2, 0.21, 0.2], 0.1, "**holds**"),
+    ([0.2, 0.21, 0.2], 0.3, "**holds**, perhaps by less than δ"),
+    ([-0.2, -0.21, -0.2], 0.3, "**the other way round**, perhaps by less than δ"),
+    ([-0.1, 0.1, 0.0], 9, "**no difference**")])
+def test_a_verdict_says_where_the_difference_may_not_matter(values, delta, expected):
+    record = {"verdict": work.verdict(values, delta), "equality": False,
+              "primary": {"values": values, "delta": delta}}
+    assert command.verdict_of(record) == expected
 
 
 def test_the_list_runs_nothing(folder, capsys):
