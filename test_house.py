@@ -16,8 +16,9 @@ HERE = Path(__file__).resolve().parent
 FLOORS = """
 claims.__main__
 claims.law claims.tuning claims.solids claims.edits claims.student
-claims.pictures claims.exact claims.looks claims.side claims.named
-claims.measures claims.runs
+claims.pictures claims.exact
+claims.runs
+claims.measures
 claims.work
 editing text_to_3d
 variants

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import asd
-from claims.looks import looks
+from claims import runs
 from claims.measures import CONTROLS, LAMBDAS
 from claims.pictures import TUNED, controls_of
 from claims.work import COMMITTED, SOURCES, Claim, Job
@@ -28,8 +28,8 @@ def job(method, **changes):
     row = TUNED["vsd"]["settings"] | changes
     name = "-".join([method, *(f"{key}{value:g}" for key, value in changes.items())])
     minutes = row["steps"] * (0.013 if method == "sds" else 0.04)
-    return Job(name, looks, {"method": method} | row, minutes,
-               (*SOURCES, "claims/runs.py", "claims/measures.py"), COMMITTED / "law")
+    return Job(name, runs.looks, {"method": method} | row, minutes,
+               (*SOURCES, "claims/measures.py"), COMMITTED / "law")
 
 
 JOBS = {"controls": CONTROLS}
@@ -76,10 +76,10 @@ def both_guidances(r):
     return torch.stack(predicted, 1), torch.stack(nearest, 1)
 
 
-def slopes(r, runs=tuple(RUNS)):
+def slopes(r, chosen=tuple(RUNS)):
     """Of each prompt the slope of measured against predicted log guidance, − 1, of some runs."""
     predicted, nearest = both_guidances(r)
-    part = [RUNS.index(run) for run in runs]
+    part = [RUNS.index(run) for run in chosen]
     return [np.polyfit(x[part], y[part], 1)[0] - 1
             for x, y in zip(predicted.numpy(), nearest.numpy())]
 

@@ -15,10 +15,13 @@ from torch import nn
 import asd
 import editing
 import text_to_3d
+from claims.measures import PROMPTS, SAMPLE_JOBS, measured
+from cli.pictures import to_bytes
 from cli.settings import SceneSettings
 from nerf import orbit, rays, render
 from phi import LoRAPhi, second_view
 from prior import ddim_samples, one_step_x0
+from tiny.judge import clip_features
 
 
 # --------------------------------------------------------------------------- pictures, many at once
@@ -94,6 +97,13 @@ def distilled(method, prompts, start=None, late=(), **changes):
     return found
 
 
+def looks(method, **row):
+    """A run of the test prompts -> {"grain", "distance", and where φ learns "kappa": [N]}."""
+    run = distilled(method, PROMPTS["test"], **row)
+    found = measured(run.pop("x0"), SAMPLE_JOBS["test"].result())
+    return run | {"grain": found["grain"], "distance": found["distance"]}
+
+
 def recovered(prompts, **settings):
     """Fig. 5c: over-saturated pictures (SDS at λ = 10⁴), then each method of `settings` from there.
 
@@ -158,6 +168,25 @@ def solid(method, prompt, **changes):
         seen = render(state.generator.nerf, *rays(orbit(8), 40.0, 64), 64).rgb.movedim(-1, 1)
     scores = text_to_3d.view_scores(state.generator.nerf, prompt)
     return {"views": seen} | {name: torch.tensor(value) for name, value in scores.items()}
+
+
+def side(method, prompt, **changes):
+    """A run of solid() -> its "psnr", "iou", "clip", and "view", half from the side, uint8."""
+    found = solid(method, prompt, **changes)
+    views = found.pop("views")
+    return found | {"view": to_bytes(views[1])}
+
+
+def named(method, prompt, **changes):
+    """A run of solid() -> {"right": [4], of the views from the front, both sides and behind, 1
+    where the most alike of the true solid's four, to tiny-clip, has the same name, else 0}.
+    """
+    sides = ("front", "side", "back", "side")             # what views 0, 2, 4 and 6 of eight show
+    views = solid(method, prompt, **changes)["views"][::2]
+    truth = text_to_3d.eight_views(prompt).over(1.0).movedim(-1, 1)[::2]
+    seen, true, _ = clip_features([views, truth], [prompt])
+    right = [sides[nearest] == sides[i] for i, nearest in enumerate((seen @ true.T).argmax(1))]
+    return {"right": torch.tensor(right).float()}
 
 
 # ------------------------------------------------------------------------------ a one-step student

@@ -5,10 +5,9 @@ Perp-Neg also whether the sides of a solid that has a front can be told from eac
 """
 import torch
 
+from claims import runs
 from claims.measures import PROMPTS
-from claims.named import named
 from claims.pictures import SIDE
-from claims.side import side
 from claims.work import COMMITTED, SOURCES, Claim, Job
 from cli.pictures import sheet
 from nerf import orbit, solid_pictures
@@ -20,20 +19,19 @@ SOLIDS = PROMPTS["solids"]
 FRONTED = [prompt for prompt in SOLIDS if KINDS[find_solid(prompt)[0]].has_front]
 PERP_NEG = "asd, Perp-Neg"
 METHODS = {"sds": {}, "vsd": {}, "asd": {}, "csd": {}, PERP_NEG: {"perp_neg": True}}
-FILES = (*SOURCES, "claims/runs.py", "text_to_3d.py", "variants.py", "nerf.py", "cli/settings.py",
-         "tiny/solids.py")
+FILES = (*SOURCES, "text_to_3d.py", "variants.py", "nerf.py", "cli/settings.py", "tiny/solids.py")
 
 
 def job(function, method, prompt):
-    """The Job of a solid: function is side or named."""
-    name = f"{function.__name__}-{method}-{prompt}" if function is named else f"{method}-{prompt}"
+    """The Job of a solid: function is runs.side or runs.named."""
+    name = f"{method}-{prompt}" if function is runs.side else f"named-{method}-{prompt}"
     arguments = {"method": method.partition(",")[0], "prompt": prompt} | METHODS[method]
     return Job(name.replace(",", "").replace(" ", "-"), function, arguments, 3.5, FILES,
                COMMITTED / "solids")
 
 
-JOBS = {(method, prompt): job(side, method, prompt) for method in METHODS for prompt in SOLIDS}
-NAMED = {(method, prompt, "named"): job(named, method, prompt)
+JOBS = {(method, prompt): job(runs.side, method, prompt) for method in METHODS for prompt in SOLIDS}
+NAMED = {(method, prompt, "named"): job(runs.named, method, prompt)
          for method in ("asd", PERP_NEG) for prompt in FRONTED}
 
 

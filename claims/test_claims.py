@@ -18,12 +18,9 @@ import text_to_3d
 from claims import (
     edits,
     law,
-    looks,
     measures,
-    named,
     pictures,
     runs,
-    side,
     solids,
     student,
     tuning,
@@ -286,7 +283,7 @@ def test_of_a_run_for_the_law_three_numbers_are_kept(prior, monkeypatch):
     reference = {name: x[:2] for name, x in measures.SAMPLE_JOBS["test"].result().items()}
     monkeypatch.setitem(measures.PROMPTS, "test", ["a fox", "an owl"])
     monkeypatch.setattr(work.Job, "result", lambda job: reference)
-    found = looks.looks("vsd", steps=2, gamma=0.0)
+    found = runs.looks("vsd", steps=2, gamma=0.0)
     x0 = runs.distilled("vsd", ["a fox", "an owl"], steps=2, gamma=0.0)["x0"]
     assert {name: x.shape for name, x in found.items()} == dict.fromkeys(
         ("grain", "distance", "kappa"), (2,))
@@ -297,7 +294,7 @@ def test_of_a_solid_its_scores_and_the_second_view_are_kept(monkeypatch):
     views = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 2, 2) / 10
     monkeypatch.setattr(runs, "solid", lambda method, prompt, **changes: {
         "views": views, "psnr": torch.tensor(20.0 + changes["perp_neg"])})
-    found = side.side("asd", "a red mug", perp_neg=True)
+    found = runs.side("asd", "a red mug", perp_neg=True)
     assert found.keys() == {"view", "psnr"} and found["psnr"] == 21
     assert found["view"].dtype == torch.uint8 and found["view"].unique().tolist() == [26]
 
@@ -310,7 +307,7 @@ def test_sides_are_told_right_where_the_solid_is_true_and_not_where_it_has_two_f
     sideways = true[[2, 3, 4, 5, 6, 7, 0, 1]]
     for views, expected in ((true, [1, 1, 1, 1]), (two_faced, [1, 1, 0, 1]), (sideways, [0] * 4)):
         monkeypatch.setattr(runs, "solid", lambda *_, views=views: {"views": views})
-        assert named.named("asd", "a gray duck")["right"].tolist() == expected
+        assert runs.named("asd", "a gray duck")["right"].tolist() == expected
 
 
 @tiny
