@@ -18,7 +18,7 @@ from claims.pictures import TUNED, controls_of
 from claims.work import COMMITTED, SOURCES, Claim, Job
 
 GAMMAS, LAMS = (-0.75, -0.5, 0.0, 1.0, 10.0), LAMBDAS[:4]
-RUNS = list(itertools.product(GAMMAS, LAMS))
+GRID = list(itertools.product(GAMMAS, LAMS))
 LADDER = (1.0, 1.5, 2.25, 3.5, 5.0, 7.5, 11.0, 17.0, 30.0, 60.0, 120.0, 300.0, 1000.0, 1e4)   # λ'
 
 
@@ -33,7 +33,7 @@ def job(method, **changes):
 
 
 JOBS = {"controls": CONTROLS}
-for gamma, lam in RUNS:
+for gamma, lam in GRID:
     JOBS["law", gamma, lam] = job("vsd", gamma=gamma, lam=lam)
 for lam in LADDER:
     JOBS["ladder", lam] = job("sds", lam=lam)
@@ -67,7 +67,7 @@ def both_guidances(r):
     """(log λ' predicted from the κ of each run, log guidance of the nearest SDS), [N, 20] each."""
     ladder = torch.stack([curve(r, ("ladder", lam)) for lam in LADDER], 1)
     predicted, nearest = [], []
-    for gamma, lam in RUNS:
+    for gamma, lam in GRID:
         run = "law", gamma, lam
         kappas = r[run]["kappa"].double().clamp(min=1e-3).tolist()
         guidances = [asd.effective_guidance(lam, gamma, kappa) for kappa in kappas]
@@ -76,10 +76,10 @@ def both_guidances(r):
     return torch.stack(predicted, 1), torch.stack(nearest, 1)
 
 
-def slopes(r, chosen=tuple(RUNS)):
+def slopes(r, chosen=tuple(GRID)):
     """Of each prompt the slope of measured against predicted log guidance, − 1, of some runs."""
     predicted, nearest = both_guidances(r)
-    part = [RUNS.index(run) for run in chosen]
+    part = [GRID.index(run) for run in chosen]
     return [np.polyfit(x[part], y[part], 1)[0] - 1
             for x, y in zip(predicted.numpy(), nearest.numpy())]
 
@@ -94,13 +94,13 @@ def numbers(r):
     """κ of each run, and both guidances; slopes of some runs; what γ < 0 does at the same rates."""
     predicted, nearest = both_guidances(r)
     rows = {}
-    for i, (gamma, lam) in enumerate(RUNS):
+    for i, (gamma, lam) in enumerate(GRID):
         rows[f"γ {gamma:g}, λ {lam:g}"] = {
             "κ": r["law", gamma, lam]["kappa"], "log λ' predicted": predicted[:, i],
             "log λ' measured": nearest[:, i]}
     slope = "slope − 1"
-    rows["without γ 10, λ ≥ 7.5"] = {slope: slopes(r, RUNS[:-2])}
-    rows["γ < 0 alone"] = {slope: slopes(r, [run for run in RUNS if run[0] < 0])}
+    rows["without γ 10, λ ≥ 7.5"] = {slope: slopes(r, GRID[:-2])}
+    rows["γ < 0 alone"] = {slope: slopes(r, [run for run in GRID if run[0] < 0])}
     for gamma in (-0.75, -0.5):
         rows[f"γ 0 minus γ {gamma:g}"] = {
             "log-range of the distance over λ": log_range(r, 0.0) - log_range(r, gamma),
