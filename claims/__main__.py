@@ -176,8 +176,8 @@ def long_table(records):
         if CLAIMS[name].figure:
             lines += ["", f"![{name}]({file}.png)"]
     lines += ["", "## The verdicts of the first rule", "", "On five prompts, with several tests a "
-              "claim, by measures of which some failed their own controls. Kept to show that "
-              "today's verdicts were not picked among several.", "", "| | verdict |", "|---|---|"]
+              "claim, by measures of which some failed their own controls. Kept so that both "
+              "sets of verdicts can be compared.", "", "| | verdict |", "|---|---|"]
     lines += [f"| {name} | {verdict} |" for name, verdict in FIRST_RULE.items()]
     return "\n".join([*lines, ""])
 

@@ -100,7 +100,7 @@ def draw(path, r):
     """Eight edits: the source, then each method at its second rate, or guidance."""
     rows = [("source", r["dds", 0.03]["before"][SHOWN])]
     for method, (name, values) in ROWS.items():
-        rows.append((f"{method.upper()},\n{name} {values[1]:g}".replace("lam", "λ"),
+        rows.append((f"{method.upper()},\n{name} {values[1]:g}",
                      r[method, values[1]]["after"][SHOWN]))
     sheet(path, [short(AFTER[i]) for i in SHOWN], rows, SIDE, corner="the target prompts")
 
@@ -109,6 +109,6 @@ CLAIMS = {"9": Claim(
     "editing: ASD is better than DDS", "Fig. 9, §6", JOBS,
     "PSNR to the source at equal score with the target, ASD − DDS", "dB", 0.5,
     lambda r: at_equal_score(r, "asd", "dds"), draw, numbers=numbers,
-    remark="The same rate is a smaller step in ASD (ω = σ²) than in DDS (ω = 1). In half of the "
-           "edits the best score is at the smallest rate tried. To the eye FlowEdit is the "
-           "cleanest; by this outcome it is undecided against DDS, too.")}
+    remark="At the smallest rate ASD stays nearer to the source than DDS, at the two largest it "
+           "goes farther. In half of the edits the best score is at the smallest rate tried. To "
+           "the eye FlowEdit is the cleanest; by this outcome it is undecided against DDS, too.")}

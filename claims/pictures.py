@@ -248,7 +248,8 @@ CLAIMS = {
         remark="It holds by the net change alone, which is larger in ASD (λ 7.5, lr 0.02), still "
                "losing noise at 30 % of the steps, than in VSD (λ 2, lr 0.04); their paths are "
                "about equally long. So it does not show that VSD moves more. To the eye VSD's "
-               "colours and outlines change to the end (the mug's inside), and ASD's shapes stay."),
+               "colours and outlines change to the end (the mug's inside), and ASD's shapes stay "
+               "from about 70 % of the steps on."),
     "4": claim(
         "VSD with 50 updates of φ a step over-smooths", "Fig. 4, §5",
         "log acutance, VSD − VSD†", "log", 0.1,

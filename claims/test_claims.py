@@ -266,8 +266,8 @@ def test_the_law_finds_the_guidance_it_is_given():
             for lam in (7.5, 15.0):                            # without these two
                 r["law", 10.0, lam] |= looks_of(torch.ones(3).double())
             found = law.numbers(r)
-            for part in ("without γ 10, λ ≥ 7.5", "γ < 0 alone"):
-                assert found[part]["slope − 1"] == expected
+            parts = [row["slope − 1"] for row in found.values() if "slope − 1" in row]
+            assert len(parts) == 5 and all(part == expected for part in parts)
             ranges = [math.log((1 + (1 + gamma) * 14 / 0.5) / (1 + (1 + gamma) / 0.5))
                       for gamma in (0, -0.5)]     # κ of the second prompt: 0.5
             differences = found["γ 0 minus γ -0.5"]["log-range of the distance over λ"]
