@@ -500,7 +500,7 @@ def check_plain(prior, generator, cond, phi, method, rng, real):
 
 
 def check_x0(x0, real=None):
-    """-> x0. ValueError for what is no generator's, or where real samples have another shape."""
+    """-> x0, as it is. ValueError where a generator cannot have made it, or real does not fit."""
     if not torch.is_tensor(x0) or x0.dim() != 4 or len(x0) == 0:
         found = list(x0.shape) if torch.is_tensor(x0) else f"a {type(x0).__name__}"
         raise ValueError(f"a generator's x0 is [B, C, H, W], not {found}")
@@ -524,7 +524,7 @@ def null_prompt(prior, cond):
 def one_each(cond, n, kind="prompts"):
     """cond [1 or n, L, C] -> a copy [n, L, C]. ValueError for another number of prompts.
 
-    The copy is no inference tensor, which φ could not learn from, whatever cond is.
+    A copy, as φ cannot learn from a tensor that was made in torch.inference_mode.
     """
     if len(cond) not in (1, n):
         raise ValueError(f"{len(cond)} {kind} for {n} samples: give one, or one for each")

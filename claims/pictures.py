@@ -204,7 +204,7 @@ DISTANCE = "energy distance in tiny-clip's features"
 def claim(title, says, outcome, unit, delta, values, keys, measures, figure, table=None, **more):
     jobs = {key: JOBS[key] for key in dict.fromkeys(["samples", "controls", *keys])}
     return Claim(title, says, jobs, outcome, unit, delta, values, figure,
-                 controls_of(*measures), table or numbers(*keys), **more)
+                 controls=controls_of(*measures), numbers=table or numbers(*keys), **more)
 
 
 SWEEP = [(method, lam) for method in asd.METHODS for lam in LAMBDAS]

@@ -90,11 +90,12 @@ NO_SCORE = ("The control fails: tiny-clip does not surely score the true solids 
             "method's, so its score is no measure here, and is left out.")
 
 
-def claim(title, says, a, b, shown, remark="", named_jobs=None, figure=draw, ours=False):
-    jobs = {key: job for key, job in JOBS.items() if key[0] in shown} | (named_jobs or {})
+def claim(title, says, a, b, shown, remark="", figure=draw, ours=False, more_jobs=()):
+    """Method a is better than b. shown: the methods of the table and the figure."""
+    jobs = {key: job for key, job in JOBS.items() if key[0] in shown} | dict(more_jobs)
     outcome = f"PSNR against the true solid, {label(a)} − {label(b)}"
-    return Claim(title, says, jobs, outcome, "dB", 0.5, gap(a, b), figure, controls, numbers, ours,
-                 remark=f"{remark} {NO_SCORE}".lstrip())
+    return Claim(title, says, jobs, outcome, "dB", 0.5, gap(a, b), figure, controls=controls,
+                 numbers=numbers, ours=ours, remark=f"{remark} {NO_SCORE}".lstrip())
 
 
 THREE = ("sds", "vsd", "asd")
@@ -115,6 +116,5 @@ CLAIMS = {
                       PERP_NEG, "asd", ("asd", PERP_NEG),
                       "With Perp-Neg the table lacks a leg and the lamp its foot; the chair has no "
                       "horns. Of the nine solids that have a front tiny-clip tells the sides right "
-                      "as often on average, ± 0.17.",
-                      NAMED, ours=True),
+                      "as often on average, ± 0.17.", ours=True, more_jobs=NAMED),
 }
